@@ -1,0 +1,414 @@
+"""Storage: one set of laws, held by a folder and by a bucket alike."""
+
+import builtins
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from ldbfr import storage
+from ldbfr.errors import StorageError
+
+ODD_KEYS = (
+    "plain.png",
+    "a b/c d.png",
+    "a#b?c=d&e.png",
+    "100%/50%25.png",
+    "+plus+.png",
+    "grün/日本語/🙂.png",
+    "quote'\"<>.png",
+    "back\\slash.png",
+    ".hidden",
+    "...",
+)
+
+
+@pytest.fixture(params=["local", "file", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URI below which there is nothing yet."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_root"))
+    return str(tmp_path / "root") if request.param == "local" else (tmp_path / "a file root").as_uri()
+
+
+@pytest.fixture
+def fresh_client() -> Iterator[None]:
+    """The cached S3 client is made anew within the test, and after it."""
+    storage._s3_client.cache_clear()
+    yield
+    storage._s3_client.cache_clear()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore repeats a request at once."""
+    monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _seconds: None)
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_what_is_written_is_listed_and_read(root: str, key: str) -> None:
+    uri = storage.join(root, key)
+    data = key.encode() + bytes(range(256))
+
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, data)
+
+    assert storage.exists(uri)
+    assert storage.read_bytes(uri) == data
+    assert list(storage.list_objects(root)) == [storage.ObjectInfo(uri, key, len(data))]
+    storage.delete(uri)
+    assert not storage.exists(uri)
+    assert list(storage.list_objects(root)) == []
+
+
+def test_a_write_replaces(root: str) -> None:
+    uri = storage.join(root, "a")
+    for data in (b"first, and long", b"", b"third"):
+        storage.write_bytes(uri, data)
+        assert storage.read_bytes(uri) == data
+
+
+def test_deleting_nothing_is_allowed(root: str) -> None:
+    storage.delete(storage.join(root, "never/was"))
+
+
+def test_listing_is_in_the_order_of_keys(root: str) -> None:
+    keys = ["a-b", "a.png", "a/b", "a/b0", "a/c/d", "a0", "B", "b/a", "z", "é", "日", "🙂"]
+    for key in reversed(keys):
+        storage.write_bytes(storage.join(root, key), key.encode())
+
+    listed = list(storage.list_objects(root))
+
+    assert [info.key for info in listed] == sorted(keys)
+    assert [storage.read_bytes(info.uri).decode() for info in listed] == sorted(keys)
+    assert [info.key for info in storage.list_objects(storage.join(root, "a") + "/")] == ["b", "b0", "c/d"]
+
+
+def test_a_listing_root_is_a_folder_and_not_a_prefix(root: str) -> None:
+    for key in ("part/1", "partly/2", "part.txt"):
+        storage.write_bytes(storage.join(root, key), b"")
+    assert [info.key for info in storage.list_objects(storage.join(root, "part"))] == ["1"]
+
+
+def test_listing_an_object_gives_that_object(root: str) -> None:
+    uri = storage.join(root, "deep/one.png")
+    storage.write_bytes(uri, b"123")
+    assert list(storage.list_objects(uri)) == [storage.ObjectInfo(uri, "one.png", 3)]
+
+
+def test_a_folder_is_no_object(root: str) -> None:
+    storage.write_bytes(storage.join(root, "folder/one"), b"")
+    assert not storage.exists(storage.join(root, "folder"))
+    with pytest.raises(StorageError, match=r"folder: .*(folder|no such object)"):
+        storage.read_bytes(storage.join(root, "folder"))
+
+
+def test_missing_object(root: str) -> None:
+    uri = storage.join(root, "absent.png")
+    with pytest.raises(StorageError, match=r"cannot read .*absent\.png: there is no such (file|object); check"):
+        storage.read_bytes(uri)
+
+
+def test_size_limit(root: str) -> None:
+    uri = storage.join(root, "large")
+    storage.write_bytes(uri, bytes(1000))
+    assert len(storage.read_bytes(uri, max_bytes=1000)) == 1000
+    with pytest.raises(StorageError, match=r"large: 1,000 bytes, expected at most 999; shrink"):
+        storage.read_bytes(uri, max_bytes=999)
+
+
+def test_one_creator_wins(root: str) -> None:
+    num_threads = 8
+    for turn in range(5):
+        uri = storage.join(root, f"lock-{turn}")
+        start = threading.Barrier(num_threads)
+
+        def create(number: int, uri: str = uri, start: threading.Barrier = start) -> bool:
+            start.wait()
+            return storage.create_bytes(uri, str(number).encode())
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            won = list(pool.map(create, range(num_threads)))
+
+        assert sum(won) == 1
+        assert storage.read_bytes(uri) == str(won.index(True)).encode()
+        assert not storage.create_bytes(uri, b"late")
+    assert [info.key for info in storage.list_objects(root)] == [f"lock-{turn}" for turn in range(5)]
+
+
+def test_readers_never_see_part_of_a_write(root: str) -> None:
+    uri = storage.join(root, "busy")
+    contents = [bytes([value]) * 200_000 for value in range(8)]
+    storage.write_bytes(uri, contents[0])
+    with ThreadPoolExecutor(2) as pool:
+        writes = pool.map(lambda data: storage.write_bytes(uri, data), contents)
+        for _ in range(10):
+            assert storage.read_bytes(uri) in contents
+        list(writes)
+
+
+@pytest.mark.parametrize("part", ["..", "../a", "a/../b", "a/..", "", ".", "./a", "/etc/passwd", "a//b", "a/", "a\0b"])
+def test_parts_that_could_lead_elsewhere_are_refused(root: str, part: str) -> None:
+    with pytest.raises(StorageError, match=r"expected a relative key .*; rename the object"):
+        storage.join(root, part)
+
+
+def test_join() -> None:
+    assert storage.join("s3://bucket", "a", "b/c") == "s3://bucket/a/b/c"
+    assert storage.join("s3://bucket/", "a") == "s3://bucket/a"
+    assert storage.join("s3://bucket/x/", "a%20b") == "s3://bucket/x/a%20b"
+    assert storage.join("out/", "a", "b") == "out/a/b"
+    assert storage.join("/", "a") == "/a"
+    assert storage.join("file:///tmp/a%20b", "c%20d") == "/tmp/a b/c%20d"
+    assert storage.join("out") == "out"
+
+
+def test_local_uris() -> None:
+    assert storage.local_path("file:///tmp/a%20b%23") == Path("/tmp/a b#")
+    assert storage.local_path("file://localhost/tmp/a") == Path("/tmp/a")
+    assert storage.local_path("rel/50%25.png") == Path("rel/50%25.png")
+    assert storage.is_local("C#/x")
+    assert not storage.is_local("S3://bucket/key")
+    for uri in ("s3://bucket/key", "file://elsewhere/tmp/a", "file://"):
+        with pytest.raises(StorageError, match="expected a path or file:///path"):
+            storage.local_path(uri)
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "https://host/a.png", ""])
+@pytest.mark.parametrize("act", [storage.read_bytes, storage.list_objects, storage.exists, storage.is_local])
+def test_unknown_scheme(uri: str, act: Callable[[str], object]) -> None:
+    with pytest.raises(StorageError, match=r"unsupported URI, expected a local path, file:///path or s3://bucket/key"):
+        act(uri)
+
+
+# ---- local files only ----
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace", "link"])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_failed_write_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, before: bytes | None
+) -> None:
+    target = tmp_path / "target"
+    if before is not None:
+        target.write_bytes(before)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, broken, fail)
+    if broken != "link":
+        with pytest.raises(StorageError, match=r"cannot write .*target: the disk is full; free some space"):
+            storage.write_bytes(str(target), b"new")
+    if broken != "replace" and before is None:
+        with pytest.raises(StorageError, match=r"cannot create .*target: the disk is full"):
+            storage.create_bytes(str(target), b"new")
+
+    assert list(tmp_path.iterdir()) == ([target] if before is not None else [])
+    assert before is None or target.read_bytes() == before
+
+
+def test_a_writer_that_was_killed_leaves_nothing_to_list(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from ldbfr import storage\n"
+        "os.replace = lambda *_: os._exit(9)\n"
+        "storage.write_bytes(sys.argv[1], b'half')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "target")], check=False)
+    assert done.returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    assert list(storage.list_objects(str(tmp_path))) == []
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_bytes(b"")
+    storage.write_bytes(str(tmp_path / "written"), b"")
+    storage.create_bytes(str(tmp_path / "created"), b"")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_links_are_followed_and_loops_refused(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_bytes(b"12")
+    (root / "linked").symlink_to(outside)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(root / "pipe")
+
+    assert [(info.key, info.size) for info in storage.list_objects(str(root))] == [("gone", 0), ("linked/x", 2)]
+
+    (root / "sub" / "loop").symlink_to(root)
+    with pytest.raises(StorageError, match=r"sub/loop: .*; remove the link"):
+        list(storage.list_objects(str(root)))
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("file/below", "a file stands where a folder is needed"),
+        ("folder", "this is a folder, expected a file"),
+        ("x" * 300, "the name is too long"),
+    ],
+)
+def test_places_that_cannot_be_written(tmp_path: Path, key: str, reason: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match=reason):
+        storage.write_bytes(storage.join(str(tmp_path), key), b"")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
+def test_no_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="permission denied; give this user access"):
+        storage.write_bytes(str(tmp_path / "a"), b"")
+
+
+def test_read_only_file_system() -> None:
+    with pytest.raises(StorageError, match="cannot write /proc/ldbfr/a: "):
+        storage.write_bytes("/proc/ldbfr/a", b"")
+
+
+def test_null_character_in_a_path() -> None:
+    with pytest.raises(StorageError, match="null byte; rename the object"):
+        storage.read_bytes("a\0b")
+
+
+# ---- S3 only ----
+
+
+@pytest.mark.s3
+def test_listing_goes_on_after_the_first_page(s3_root: str) -> None:
+    num_objects = 1_005
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: storage.write_bytes(storage.join(s3_root, f"{i:05}"), b""), range(num_objects)))
+    assert [info.key for info in storage.list_objects(s3_root)] == [f"{i:05}" for i in range(num_objects)]
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("s3_endpoint")
+def test_missing_bucket() -> None:
+    uri = "s3://ldbfr-no-such-bucket/key"
+    acts: tuple[Callable[[str], object], ...] = (
+        storage.read_bytes,
+        lambda uri: list(storage.list_objects(uri)),
+        lambda uri: storage.write_bytes(uri, b""),
+    )
+    for act in acts:
+        with pytest.raises(StorageError, match=rf"{uri}: there is no such bucket; create it, or check its name"):
+            act(uri)
+    assert not storage.exists(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3://bucket/folder/"])
+def test_a_bucket_or_folder_cannot_be_read(uri: str) -> None:
+    with pytest.raises(StorageError, match="names a folder, expected an object"):
+        storage.read_bytes(uri)
+    with pytest.raises(StorageError, match="no bucket in it, expected s3://bucket/key"):
+        storage.read_bytes("s3:///key")
+
+
+@pytest.mark.usefixtures("fresh_client", "no_waiting")
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [
+        ("not a url", "Invalid endpoint: not a url; check the URI and AWS_ENDPOINT_URL"),
+        ("http://127.0.0.1:9", r"the endpoint http://127\.0\.0\.1:9 cannot be reached .*; check AWS_ENDPOINT_URL"),
+    ],
+)
+def test_endpoints_that_are_not_there(monkeypatch: pytest.MonkeyPatch, endpoint: str, reason: str) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StorageError, match=f"cannot read s3://bucket/key: {reason}"):
+        storage.read_bytes("s3://bucket/key")
+
+
+@pytest.mark.usefixtures("fresh_client")
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "absent"))
+    with pytest.raises(StorageError, match="s3://bucket/key: no credentials; set AWS_ACCESS_KEY_ID"):
+        storage.read_bytes("s3://bucket/key")
+
+
+def test_without_boto3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name.split(".")[0] in ("boto3", "botocore"):
+            raise ImportError(f"No module named {name!r}")
+        return original(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    storage.write_bytes(str(tmp_path / "a"), b"local needs no boto3")
+    with pytest.raises(StorageError, match=r"s3://bucket/key: S3 needs boto3; pip install 'ldbfr\[s3\]'"):
+        storage.read_bytes("s3://bucket/key")
+
+
+class Unreliable(BaseHTTPRequestHandler):
+    """Answers with fewer bytes than promised, or with an error, as often as the server's `failures` says."""
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, UnreliableServer)
+        server.num_requests += 1
+        status = 200 if server.num_requests > server.num_failures else server.failure
+        broken_off = status == 0
+        self.send_response(200 if broken_off else status)
+        self.send_header("Content-Length", "8")
+        self.end_headers()
+        self.wfile.write(b"half" if broken_off else b"complete" if status == 200 else b"<Error/>")
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class UnreliableServer(ThreadingHTTPServer):
+    def __init__(self, failure: int, num_failures: int) -> None:
+        super().__init__(("127.0.0.1", 0), Unreliable)
+        self.failure = failure
+        self.num_failures = num_failures
+        self.num_requests = 0
+
+
+@pytest.mark.usefixtures("fresh_client", "no_waiting")
+@pytest.mark.parametrize(
+    ("failure", "num_failures", "num_requests", "reason"),
+    [
+        (0, 2, 3, None),  # the body breaks off
+        (0, 99, 3, "s3://bucket/key"),
+        (503, 1, 2, None),
+        (403, 1, 1, "access denied; check the credentials"),
+    ],
+)
+def test_a_server_that_stumbles(
+    monkeypatch: pytest.MonkeyPatch, failure: int, num_failures: int, num_requests: int, reason: str | None
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    with UnreliableServer(failure, num_failures) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            if reason is None:
+                assert storage.read_bytes("s3://bucket/key") == b"complete"
+            else:
+                with pytest.raises(StorageError, match=reason):
+                    storage.read_bytes("s3://bucket/key")
+        finally:
+            server.shutdown()
+    assert server.num_requests == num_requests
