@@ -1,0 +1,32 @@
+"""Seeds derived from what is drawn and where, so that no draw depends on the order or the place of the work."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*what: int | str | bytes) -> int:
+    """A 63-bit seed that is a function of its arguments alone, the same on every machine and Python version."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in what:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(f"{type(part).__name__}:{len(data)}:".encode() + data)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def generator(*what: int | str | bytes) -> torch.Generator:
+    """A CPU generator seeded with `derive_seed(*what)`; CPU, so that every device sees the same draws."""
+    return torch.Generator().manual_seed(derive_seed(*what))
+
+
+def normal_per_sample(seeds: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    """Standard normal noise (len(seeds), *shape) on the CPU; a sample's noise depends on its own seed alone."""
+    return torch.stack([torch.randn(shape, generator=generator(int(seed), what)) for seed in seeds])
+
+
+def uniform_per_sample(seeds: Tensor, what: str) -> Tensor:
+    """One uniform number in [0, 1) for every seed, (len(seeds),) float64."""
+    return torch.stack([torch.rand((), generator=generator(int(seed), what), dtype=torch.float64) for seed in seeds])
