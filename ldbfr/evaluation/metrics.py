@@ -1,0 +1,72 @@
+"""Distances between a restored face and its original.
+
+PSNR and sharpness are closed formulas; identity comes from dlib's face recognition network (extra `identity`), whose
+weights are inside the package `face_recognition_models` (CC0), so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import laplace
+
+from ldbfr.errors import WeightsError
+from ldbfr.images import Pixels, resize
+
+IDENTITY_SIDE = 128
+"""Side in px to which faces are brought before landmarks and identity are measured."""
+
+
+def psnr(image: Pixels, original: Pixels) -> float:
+    """Peak signal-to-noise ratio of two 8-bit images of one shape, in dB; infinite for equal images."""
+    error = np.mean((image.astype(np.float64) - original.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def sharpness(image: Pixels) -> float:
+    """Mean absolute Laplacian of the luma (ITU-R BT.601), in grey levels: (H, W, 3) uint8."""
+    luma = image.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    return float(np.abs(laplace(luma, mode="nearest")).mean())
+
+
+class IdentityModel:
+    """dlib's 128-dimensional face embedding (King 2017, "High quality face recognition with deep metric learning").
+
+    Faces are aligned tight crops; they are brought to 128 px, landmarks are fitted with the whole frame as the face's
+    box, and the embedding is taken from the aligned chip. A distance below 0.6 is dlib's threshold for "same person".
+
+    Raises:
+        WeightsError: the extra `identity` is not installed.
+    """
+
+    @cached_property
+    def _models(self) -> tuple[Any, Any, Any]:
+        spec = importlib.util.find_spec("face_recognition_models")
+        if spec is None or spec.origin is None or importlib.util.find_spec("dlib") is None:
+            raise WeightsError("identity distances need dlib and its models: pip install 'ldbfr[identity]'")
+        import dlib
+
+        folder = Path(spec.origin).parent / "models"
+        predictor = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
+        network = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+        return dlib, predictor, network
+
+    def landmarks(self, image: Pixels) -> Any:
+        """dlib's 68 landmarks of an aligned face, as its own shape object, on the 128 px image."""
+        dlib, predictor, _ = self._models
+        face = resize(image, IDENTITY_SIDE, IDENTITY_SIDE)
+        return predictor(face, dlib.rectangle(0, 0, IDENTITY_SIDE - 1, IDENTITY_SIDE - 1))
+
+    def embed(self, image: Pixels, landmarks: Any = None) -> np.ndarray:
+        """The embedding of an aligned face: (S, S, 3) uint8 -> (128,) float64."""
+        _, _, network = self._models
+        face = resize(image, IDENTITY_SIDE, IDENTITY_SIDE)
+        return np.array(network.compute_face_descriptor(face, landmarks or self.landmarks(image)))
+
+    def distance(self, image: Pixels, original: Pixels) -> float:
+        """Euclidean distance of two aligned faces' embeddings."""
+        return float(np.linalg.norm(self.embed(image) - self.embed(original)))

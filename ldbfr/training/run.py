@@ -1,0 +1,101 @@
+"""A training run: one folder, up to five stages, each building on the finished ones before it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers.models.modeling_utils import ModelMixin
+
+from ldbfr.config import Preset
+from ldbfr.data.index import FaceImages
+from ldbfr.errors import ConfigError, WeightsError
+from ldbfr.storage import write_bytes
+from ldbfr.training.checkpoint import latest_checkpoint, read_state
+from ldbfr.training.loop import Trainer, load_network
+from ldbfr.training.runtime import Runtime
+from ldbfr.training.stages import STAGE_NAMES, STAGES, make_stage
+from ldbfr.weights import manifest_digest, read_manifest
+
+log = logging.getLogger(__name__)
+
+PRESET_FILE = "preset.json"
+
+
+def finished_checkpoint(run: Path, stage: str, preset: Preset) -> Path:
+    """The checkpoint of a stage's last step.
+
+    Raises:
+        WeightsError: the stage was not trained to its end in this run.
+    """
+    checkpoint = latest_checkpoint(run / stage)
+    target = getattr(preset.training, stage).steps
+    done = 0 if checkpoint is None else int(read_state(checkpoint)["step"])
+    if checkpoint is None or done < target:
+        raise WeightsError(
+            f"stage {stage} in {run} has {done} of {target} steps: train it first, with `ldbfr train --stage {stage}`"
+        )
+    return checkpoint
+
+
+def load_stage_network(run: Path, stage: str, preset: Preset) -> tuple[ModelMixin, str]:
+    """The averaged network of a finished stage and the digest of its files.
+
+    Raises:
+        WeightsError: the stage is not finished, or its files are damaged.
+    """
+    folder = finished_checkpoint(run, stage, preset) / "ema"
+    network_class = dict(zip(STAGE_NAMES, STAGES, strict=True))[stage].network_class
+    files = read_manifest(folder.parent)["files"]
+    own = {name: entry for name, entry in files.items() if name.startswith("ema/")}
+    return load_network(network_class, folder), manifest_digest({"files": own})
+
+
+def remember_preset(run: Path, preset: Preset) -> None:
+    """Keep the resolved configuration beside the results."""
+    text = json.dumps(preset.model_dump(mode="json"), indent=1)
+    write_bytes(str(run / PRESET_FILE), text.encode())
+
+
+def train_run(
+    preset: Preset,
+    stages: Sequence[str],
+    images: FaceImages,
+    preview_images: FaceImages,
+    run: Path,
+    runtime: Runtime,
+) -> bool:
+    """Train stages one after the other; those that are finished are passed by.
+
+    Args:
+        preset: all settings.
+        stages: names, in order.
+        images: the training set, at the preset's side.
+        preview_images: shown in the log's grids.
+        run: the run's folder; the same folder continues what is there.
+        runtime: where this process runs.
+
+    Returns:
+        True when all are finished; False when the runtime asked to stop before.
+
+    Raises:
+        ConfigError: an unknown stage.
+        WeightsError: an upstream stage is missing, or checkpoints belong to other settings.
+    """
+    for name in stages:
+        if name not in STAGE_NAMES:
+            raise ConfigError(f"no stage {name!r}: give one of {', '.join(STAGE_NAMES)}, or all")
+    remember_preset(run, preset)
+    for name in stages:
+        needed = dict(zip(STAGE_NAMES, STAGES, strict=True))[name].upstream
+        loaded = {stage: load_stage_network(run, stage, preset) for stage in needed}
+        stage = make_stage(name, preset, {key: network for key, (network, _) in loaded.items()})
+        digests = {key: digest for key, (_, digest) in loaded.items()}
+        trainer = Trainer(stage, images, preview_images, run / name, runtime, digests)
+        checkpoint = trainer.train()
+        log.info("%s: %d of %d steps in %s", name, trainer.step, stage.settings.steps, checkpoint)
+        if trainer.step < stage.settings.steps:
+            return False
+    return True

@@ -1,0 +1,412 @@
+"""THE RECIPE: the five training stages of LD-BFR, in order (LD-BFR, section 3).
+
+| stage | trains | frozen | objective |
+|---|---|---|---|
+| `hq_vqgan` | HQ VQGAN, discriminator | – | L1 + perceptual + codebook + adaptive hinge GAN |
+| `latent_vqgan` | decoder (all of it from scratch) | encoder, codebook | the same |
+| `dc_vqr` | LQ encoder, DCAM | HQ VQGAN | equations (2) to (4) |
+| `prior` | UNet | latent VQGAN | equation (5) |
+| `enhancer` | injections | UNet, DC-VQR, latent VQGAN | equation (6) |
+
+A stage holds only mathematics: networks, losses, a preview. The loop (`loop.py`) owns optimisers, precision, EMA,
+logging and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from ldbfr.config import DiffusionStageSettings, Preset, StageSettings, VQStageSettings
+from ldbfr.data.index import FaceImages
+from ldbfr.data.sampler import Batch
+from ldbfr.images import to_float
+from ldbfr.models.dc_vqr import DCVQRModel
+from ldbfr.models.dqe import DQEUNet2DModel, make_unet
+from ldbfr.models.vqgan import VQGAN, PatchDiscriminator
+from ldbfr.schedules import noise_schedule
+from ldbfr.seeds import normal_per_sample, uniform_per_sample
+from ldbfr.training.codebook import CodebookHealth
+from ldbfr.training.losses import ReconstructionLoss, adaptive_weight, hinge_discriminator_loss, min_snr_weight
+
+Losses = dict[str, Tensor]
+Networks = dict[str, ModelMixin]
+
+
+class Stage(nn.Module):
+    """What a stage is to the loop.
+
+    `forward(objective, batch, step)` gives the losses of one objective; the entry "loss" is minimised, the others are
+    logged. Everything in it is a mean over the batch, so that parts of a batch can be weighted by their sizes.
+    """
+
+    name: ClassVar[str]
+    network_class: ClassVar[type[ModelMixin]]
+    upstream: ClassVar[tuple[str, ...]] = ()
+    uses_lq: ClassVar[bool] = False
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        self.preset = preset
+
+    @property
+    def settings(self) -> StageSettings:
+        """The stage's own settings."""
+        return cast(StageSettings, getattr(self.preset.training, self.name))
+
+    @property
+    def network(self) -> ModelMixin:
+        """The network that the stage produces, saved as `networks/<stage>`."""
+        raise NotImplementedError
+
+    def trainable(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of every objective, each with an optimiser of its own; the first is the network's."""
+        return {"generator": [p for p in self.network.parameters() if p.requires_grad]}
+
+    def extras(self) -> dict[str, nn.Module]:
+        """Modules beside the network whose state a resumed run needs."""
+        return {}
+
+    def active(self, objective: str, step: int) -> bool:
+        """Whether an objective is trained at a step."""
+        return True
+
+    def forward(self, objective: str, batch: Batch, step: int) -> Losses:
+        """The losses of an objective."""
+        raise NotImplementedError
+
+    def prepare(self, images: FaceImages, device: torch.device) -> None:
+        """Work on the whole data set before the first step."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Work after the optimisers' step; returns what to log."""
+        return {}
+
+    def finish(self, images: FaceImages, device: torch.device) -> None:
+        """Work on the whole data set after the last step."""
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures to look at, by title, each (B, 3, S, S)."""
+        raise NotImplementedError
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """The network with no gradients and in evaluation mode."""
+    return network.requires_grad_(False).eval()
+
+
+class VQGANStage(Stage):
+    """Train a VQGAN: reconstruction + codebook + adaptive hinge GAN (Taming Transformers, equations (4) to (7))."""
+
+    network_class = VQGAN
+
+    def __init__(self, preset: Preset, upstream: Mapping[str, ModelMixin]) -> None:
+        super().__init__(preset)
+        settings = self.settings
+        self.vqgan = VQGAN.from_settings(getattr(preset, self.name))
+        if settings.trains == "decoder":
+            for part in (self.vqgan.encoder, self.vqgan.quant_conv, self.vqgan.quantize):
+                freeze(part)
+        terms = settings.reconstruction
+        self.reconstruction = ReconstructionLoss(terms)
+        self.discriminator = (
+            PatchDiscriminator(terms.discriminator_channels, terms.discriminator_layers) if terms.adversarial else None
+        )
+        self.health = CodebookHealth(self.vqgan.config["num_codes"])
+        self._pair: tuple[Tensor, Tensor] | None = None
+        self._features: Tensor | None = None
+
+    @property
+    def settings(self) -> VQStageSettings:
+        """The stage's own settings."""
+        return cast(VQStageSettings, super().settings)
+
+    @property
+    def network(self) -> ModelMixin:
+        """The VQGAN."""
+        return self.vqgan
+
+    def trainable(self) -> dict[str, list[nn.Parameter]]:
+        """The VQGAN's parameters, and the discriminator's."""
+        groups = super().trainable()
+        if self.discriminator is not None:
+            groups["discriminator"] = list(self.discriminator.parameters())
+        return groups
+
+    def extras(self) -> dict[str, nn.Module]:
+        """The discriminator and the codebook's counts."""
+        extras: dict[str, nn.Module] = {"health": self.health}
+        return extras if self.discriminator is None else extras | {"discriminator": self.discriminator}
+
+    def active(self, objective: str, step: int) -> bool:
+        """The discriminator starts when the reconstruction is worth judging."""
+        return objective == "generator" or step >= self.settings.reconstruction.discriminator_start
+
+    def forward(self, objective: str, batch: Batch, step: int) -> Losses:
+        """Losses of the generator, or of the discriminator on the generator's latest reconstruction."""
+        if objective == "discriminator":
+            assert self.discriminator is not None and self._pair is not None
+            real, fake = self._pair
+            return {"loss": hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake))}
+        images, features, code_indices = self.vqgan(batch.hq)
+        self.health.observe(code_indices)
+        self._features, self._pair = features.detach(), (batch.hq, images.detach())
+        reconstruction = self.reconstruction(images, batch.hq)
+        codebook, commitment = self.vqgan.quantize.losses(features.float(), code_indices)
+        loss = reconstruction
+        if self.settings.trains == "all":
+            loss = loss + self.settings.codebook * codebook + self.settings.commitment * commitment
+        losses = {"reconstruction": reconstruction, "codebook": codebook}
+        if self.discriminator is not None and self.active("discriminator", step):
+            adversarial = -self.discriminator(images).mean()
+            weight = torch.tensor(self.settings.reconstruction.adversarial)
+            if torch.is_grad_enabled():
+                weight = weight * adaptive_weight(reconstruction, adversarial, self.vqgan.last_layer)
+            loss = loss + weight * adversarial
+            losses["adversarial"] = adversarial
+        return {"loss": loss} | losses
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Log codebook health and revive dead codes."""
+        report = {"codebook_perplexity": self.health.perplexity().item(), "dead_codes": self.health.dead().sum().item()}
+        settings = self.settings
+        if settings.trains == "all" and step < settings.revive_until and step % settings.revive_every == 0:
+            assert self._features is not None
+            seed = self.preset.training.seed + step
+            report["revived_codes"] = self.health.revive(self.vqgan.quantize, self._features, seed)
+        return report
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Originals and reconstructions."""
+        return {"HQ": batch.hq, "reconstruction": self.vqgan(batch.hq)[0]}
+
+
+class HQVQGANStage(VQGANStage):
+    """Stage 1: the HQ VQGAN, whose codes are what a good face is made of."""
+
+    name = "hq_vqgan"
+
+
+class LatentVQGANStage(VQGANStage):
+    """Stage 2: the latent VQGAN, in whose latents the diffusion runs."""
+
+    name = "latent_vqgan"
+
+    def finish(self, images: FaceImages, device: torch.device) -> None:
+        """Measure the scaling factor, 1 / standard deviation of the latents, on the first 2,048 images."""
+        if self.settings.trains == "all":
+            latents = encode_all(self.vqgan, images.pixels[:2048], device)
+            scale = self.vqgan.config["scaling_factor"] / latents.std().item()
+            self.vqgan.register_to_config(scaling_factor=scale)
+
+
+class DCVQRStage(Stage):
+    """Stage 3: LQ encoder and DCAM, with L_feature + λ L_pixel (equations (2) to (4))."""
+
+    name = "dc_vqr"
+    network_class = DCVQRModel
+    upstream = ("hq_vqgan",)
+    uses_lq = True
+
+    def __init__(self, preset: Preset, upstream: Mapping[str, ModelMixin]) -> None:
+        super().__init__(preset)
+        self.hq_vqgan = cast(VQGAN, freeze(upstream["hq_vqgan"]))
+        self.model = DCVQRModel.from_vqgan(self.hq_vqgan, preset.attention)
+        for part in (self.model.post_quant_conv, self.model.decoder):
+            freeze(part)
+        self.model.quantize.requires_grad_(preset.training.dc_vqr.train_codebook)
+        self.reconstruction = ReconstructionLoss(preset.training.dc_vqr.reconstruction)
+
+    @property
+    def network(self) -> ModelMixin:
+        """DC-VQR."""
+        return self.model
+
+    def forward(self, objective: str, batch: Batch, step: int) -> Losses:
+        """L_feature = |f_HQ - f̂_HQ|², L_pixel, and the anchor |f_LQ - codes of f̂_HQ|²."""
+        assert batch.lq is not None
+        settings = self.preset.training.dc_vqr
+        with torch.no_grad():
+            target_features = self.hq_vqgan.encode(batch.hq)
+            target_codes = self.hq_vqgan.quantize(target_features).quantized.float()
+        output = self.model(batch.lq)
+        feature = F.mse_loss(output.hq_features.float(), target_features.float())
+        anchor = F.mse_loss(output.lq_features.float(), target_codes)
+        pixel = self.reconstruction(self.model.decode(output.hq_features), batch.hq)
+        loss = settings.feature * feature + settings.pixel * pixel + settings.anchor * anchor
+        if settings.train_codebook:
+            codebook, _ = self.model.quantize.losses(output.lq_features.float(), output.code_indices)
+            loss = loss + codebook
+        return {"loss": loss, "feature": feature, "pixel": pixel, "anchor": anchor}
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Inputs, first-stage images, originals."""
+        assert batch.lq is not None
+        return {"LQ": batch.lq, "first stage": self.model.decode(self.model(batch.lq).hq_features), "HQ": batch.hq}
+
+
+class DiffusionStage(Stage):
+    """What the two diffusion stages share: latents, noise, timesteps, and the noise error."""
+
+    def __init__(self, preset: Preset, latent_vqgan: ModelMixin) -> None:
+        super().__init__(preset)
+        self.latent_vqgan = cast(VQGAN, freeze(latent_vqgan))
+        self.schedule: DDPMScheduler = noise_schedule(preset.diffusion)
+        self._cache: Tensor | None = None
+
+    @property
+    def settings(self) -> DiffusionStageSettings:
+        """The stage's own settings."""
+        return cast(DiffusionStageSettings, super().settings)
+
+    def prepare(self, images: FaceImages, device: torch.device) -> None:
+        """Encode the data set and its mirror images once, when the settings ask for it."""
+        if self.settings.cache_latents:
+            flips = (images.pixels, images.pixels[:, :, ::-1])
+            self._cache = torch.stack([encode_all(self.latent_vqgan, pixels, device) for pixels in flips])
+
+    def latents(self, batch: Batch) -> Tensor:
+        """z_0 of a batch, (B, c, S/F, S/F), from the cache where there is one."""
+        if self._cache is not None:
+            return self._cache[batch.flips.long(), batch.indices].to(batch.hq.device)
+        with torch.no_grad():
+            return self.latent_vqgan.to_latents(batch.hq).float()
+
+    def noisy(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """z_t, t and ε of a batch, each drawn from the samples' own seeds (equation (5))."""
+        latents = self.latents(batch)
+        share = uniform_per_sample(batch.seeds, "timestep") ** self.settings.timestep_power
+        timesteps = (share * self.schedule.config["num_train_timesteps"]).long().to(latents.device)
+        noise = normal_per_sample(batch.seeds, tuple(latents.shape[1:]), "noise").to(latents)
+        return self.schedule.add_noise(latents, noise, timesteps), timesteps, noise
+
+    def noise_error(self, prediction: Tensor, noise: Tensor, timesteps: Tensor) -> Losses:
+        """Mean of |ε - prediction|², weighted by min-SNR where the settings ask for it."""
+        errors = (prediction.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
+        losses = {"noise_error": errors.mean()}
+        if self.settings.min_snr_gamma is not None:
+            alphas = self.schedule.alphas_cumprod.to(errors.device)
+            errors = errors * min_snr_weight(alphas, timesteps, self.settings.min_snr_gamma)
+        return {"loss": errors.mean()} | losses
+
+    def denoised(self, noisy_latents: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
+        """The image of the z_0 that a noise prediction implies."""
+        alphas = self.schedule.alphas_cumprod.to(noisy_latents.device)[timesteps].view(-1, 1, 1, 1)
+        latents = (noisy_latents - (1 - alphas).sqrt() * prediction.float()) / alphas.sqrt()
+        return self.latent_vqgan.from_latents(latents)
+
+
+class PriorStage(DiffusionStage):
+    """Stage 4: the unconditional UNet, E|ε - ε_θ(z_t, t)|² (equation (5))."""
+
+    name = "prior"
+    network_class = UNet2DModel
+    upstream = ("latent_vqgan",)
+
+    def __init__(self, preset: Preset, upstream: Mapping[str, ModelMixin]) -> None:
+        super().__init__(preset, upstream["latent_vqgan"])
+        self.unet = make_unet(preset.unet, self.latent_vqgan.config["code_dim"], preset.latent_side)
+
+    @property
+    def network(self) -> ModelMixin:
+        """The UNet."""
+        return self.unet
+
+    def forward(self, objective: str, batch: Batch, step: int) -> Losses:
+        """The noise error."""
+        noisy_latents, timesteps, noise = self.noisy(batch)
+        return self.noise_error(self.unet(noisy_latents, timesteps).sample, noise, timesteps)
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Originals, noisy latents decoded, and what one denoising step makes of them."""
+        noisy_latents, timesteps, _ = self.noisy(batch)
+        prediction = self.unet(noisy_latents, timesteps).sample
+        return {
+            "HQ": batch.hq,
+            "noisy": self.latent_vqgan.from_latents(noisy_latents),
+            "one step": self.denoised(noisy_latents, timesteps, prediction),
+        }
+
+
+class EnhancerStage(DiffusionStage):
+    """Stage 5: the injections, E|ε - ε_θ(z_t, t, f_HQ)|² (equation (6)), with the rest frozen."""
+
+    name = "enhancer"
+    network_class = DQEUNet2DModel
+    upstream = ("latent_vqgan", "dc_vqr", "prior")
+    uses_lq = True
+
+    def __init__(self, preset: Preset, upstream: Mapping[str, ModelMixin]) -> None:
+        super().__init__(preset, upstream["latent_vqgan"])
+        self.dc_vqr = cast(DCVQRModel, freeze(upstream["dc_vqr"]))
+        prior = cast(UNet2DModel, upstream["prior"])
+        channels = self.dc_vqr.config["code_dim"]
+        self.dqe = DQEUNet2DModel.from_unet(prior, preset.injection, channels, preset.feature_side)
+        if not self.settings.train_unet:
+            freeze(self.dqe.unet)
+
+    @property
+    def network(self) -> ModelMixin:
+        """The conditioned UNet."""
+        return self.dqe
+
+    def hq_features(self, batch: Batch) -> Tensor:
+        """f_HQ of a batch; zero for samples whose condition is dropped."""
+        assert batch.lq is not None
+        with torch.no_grad():
+            features: Tensor = self.dc_vqr(batch.lq).hq_features
+        if self.settings.condition_dropout:
+            kept = uniform_per_sample(batch.seeds, "dropout") >= self.settings.condition_dropout
+            features = features * kept.to(features).view(-1, 1, 1, 1)
+        return features
+
+    def forward(self, objective: str, batch: Batch, step: int) -> Losses:
+        """The noise error given f_HQ."""
+        noisy_latents, timesteps, noise = self.noisy(batch)
+        prediction = self.dqe(noisy_latents, timesteps, self.hq_features(batch))
+        return self.noise_error(prediction, noise, timesteps)
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Inputs, first stage, one denoising step from z_t, originals."""
+        assert batch.lq is not None
+        noisy_latents, timesteps, _ = self.noisy(batch)
+        features = self.dc_vqr(batch.lq).hq_features
+        prediction = self.dqe(noisy_latents, timesteps, features)
+        return {
+            "LQ": batch.lq,
+            "first stage": self.dc_vqr.decode(features),
+            "one step": self.denoised(noisy_latents, timesteps, prediction),
+            "HQ": batch.hq,
+        }
+
+
+@torch.no_grad()
+def encode_all(vqgan: VQGAN, pixels: Any, device: torch.device, batch_size: int = 64) -> Tensor:
+    """z_0 of many images in batches of a fixed size: (N, S, S, 3) uint8 -> (N, c, S/F, S/F) float32 on the CPU."""
+    parts = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
+    return torch.cat([vqgan.to_latents(to_float(part.copy()).to(device)).float().cpu() for part in parts])
+
+
+STAGES: tuple[type[Stage], ...] = (HQVQGANStage, LatentVQGANStage, DCVQRStage, PriorStage, EnhancerStage)
+"""The stages in the order in which they are trained."""
+
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def make_stage(name: str, preset: Preset, upstream: Mapping[str, ModelMixin]) -> Stage:
+    """A stage by name, with the networks of the stages that it builds on.
+
+    Args:
+        name: one of `STAGE_NAMES`.
+        preset: all settings.
+        upstream: networks by stage name; those in the stage's `upstream` must be there.
+    """
+    stage_class = dict(zip(STAGE_NAMES, STAGES, strict=True))[name]
+    return cast(Any, stage_class)(preset, upstream)
