@@ -41,6 +41,8 @@ class Train:
     """Faces shown in the log's picture grids; the training data when left out."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
     """Override a setting, e.g. --set training.dc_vqr.steps=500; may be given several times."""
+    init: Path | None = None
+    """Folder of a network that the stage starts from, e.g. the `ema` folder of another run's checkpoint."""
     device: str | None = None
     """"cpu", "cuda" or "mps"; the GPU when there is one."""
     threads: int | None = None
@@ -62,7 +64,7 @@ class Train:
         preview = FaceImages.load(self.preview_data, preset.side) if self.preview_data else images
         log.info("%d images of %d px from %s", len(images), preset.side, ", ".join(map(str, self.data)))
         stages = STAGE_NAMES if self.stage == "all" else (self.stage,)
-        finished = train_run(preset, stages, images, preview, self.run, SingleProcess(self.device))
+        finished = train_run(preset, stages, images, preview, self.run, SingleProcess(self.device), self.init)
         return 0 if finished else 130
 
 

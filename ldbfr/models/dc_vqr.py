@@ -27,8 +27,7 @@ class SpatialCrossAttention(nn.Module):
 
     Args:
         channels: C.
-        gain: the initial diagonal of W_Q and W_K. For codes of root mean square r a gain of 3.5 / r makes the logit
-            of a position's own code 12.25 √C above that of an unrelated one.
+        gain: the initial diagonal of W_Q and W_K; see `pass_through_gain`.
     """
 
     def __init__(self, channels: int, gain: float) -> None:
@@ -53,6 +52,17 @@ class SpatialCrossAttention(nn.Module):
         codes = quantized.flatten(2).transpose(1, 2)
         attended = F.scaled_dot_product_attention(query, self.to_k(codes), self.to_v(codes))
         return attended.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def pass_through_gain(codes: Tensor, self_logit: float) -> float:
+    """The gain g at which a code attends to itself with a mean logit g² |e|² / √C of `self_logit`.
+
+    Args:
+        codes: the codebook, (K, C).
+        self_logit: 0 is the logit of an unrelated (orthogonal) code.
+    """
+    mean_square = codes.float().square().sum(dim=1).mean().item()
+    return float((self_logit * codes.shape[1] ** 0.5 / mean_square) ** 0.5)
 
 
 class ChannelCrossAttention(nn.Module):
@@ -155,17 +165,16 @@ class DCVQRModel(ModelMixin, ConfigMixin):
     def from_vqgan(cls, vqgan: VQGAN, settings: DualCrossAttentionSettings) -> DCVQRModel:
         """Start from an HQ VQGAN: its encoder becomes the LQ encoder; codebook and decoder are taken over.
 
-        The attention's gain is the setting divided by the root mean square of the codes, so that the start as a
-        pass-through does not depend on the codebook's scale.
+        The attention's gain follows from the codes, so that the start does not depend on their scale or number of
+        channels.
         """
-        codes_rms = vqgan.quantize.codes.float().square().mean().sqrt().item()
         config = {key: value for key, value in vqgan.config.items() if not key.startswith("_")}
         config.pop("scaling_factor")
         model = cls(
             **config,
             spatial_attention=settings.spatial,
             channel_attention=settings.channel,
-            attention_gain=settings.gain / codes_rms,
+            attention_gain=pass_through_gain(vqgan.quantize.codes, settings.self_logit),
         )
         for name in ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"):
             getattr(model, name).load_state_dict(getattr(vqgan, name).state_dict())

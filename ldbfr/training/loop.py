@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +167,7 @@ class Trainer:
                 for key, value in losses.items():
                     label = key if name == "generator" else f"{name}_{key}"
                     totals[label] = totals.get(label, 0.0) + value.item() * share
+        self.require_grad(self.groups)
         totals = self.reduce(totals)
         self.check_finite(totals)
         for name in active:
@@ -177,13 +178,17 @@ class Trainer:
 
     def backward(self, objective: str, part: Batch, share: float) -> Losses:
         """Add an objective's gradient on a part of the global batch, weighted by the part's share of it."""
-        for name, parameters in self.groups.items():
-            for parameter in parameters:
-                parameter.requires_grad_(name == objective)
+        self.require_grad([objective])
         with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             losses: Losses = self.module(objective, part, self.step)
         (losses["loss"] * (share * self.runtime.world_size)).backward()
         return {name: value.detach() for name, value in losses.items()}
+
+    def require_grad(self, objectives: Iterable[str]) -> None:
+        """Let the parameters of these objectives alone take part in a backward pass."""
+        for name, parameters in self.groups.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in objectives)
 
     def reduce(self, totals: dict[str, float]) -> dict[str, float]:
         """The losses of the global batch from the workers' shares of it."""

@@ -16,8 +16,8 @@ from ldbfr.storage import write_bytes
 from ldbfr.training.checkpoint import latest_checkpoint, read_state
 from ldbfr.training.loop import Trainer, load_network
 from ldbfr.training.runtime import Runtime
-from ldbfr.training.stages import STAGE_NAMES, STAGES, make_stage
-from ldbfr.weights import manifest_digest, read_manifest
+from ldbfr.training.stages import STAGE_NAMES, STAGES, Stage, make_stage
+from ldbfr.weights import list_files, manifest_digest, read_manifest, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,20 @@ def load_stage_network(run: Path, stage: str, preset: Preset) -> tuple[ModelMixi
     return load_network(network_class, folder), manifest_digest({"files": own})
 
 
+def start_from(stage: Stage, folder: Path) -> str:
+    """Give a stage the weights in a folder (`config.json` + safetensors), and return their digest.
+
+    Raises:
+        WeightsError: they are missing or of another shape.
+    """
+    network = load_network(stage.network_class, folder)
+    try:
+        stage.start_from(network)
+    except RuntimeError as error:
+        raise WeightsError(f"{folder} does not fit stage {stage.name} of this preset: {error}") from error
+    return manifest_digest({"files": {path.name: sha256_of(path) for path in list_files(folder)}})
+
+
 def remember_preset(run: Path, preset: Preset) -> None:
     """Keep the resolved configuration beside the results."""
     text = json.dumps(preset.model_dump(mode="json"), indent=1)
@@ -66,6 +80,7 @@ def train_run(
     preview_images: FaceImages,
     run: Path,
     runtime: Runtime,
+    init: Path | None = None,
 ) -> bool:
     """Train stages one after the other; those that are finished are passed by.
 
@@ -76,14 +91,17 @@ def train_run(
         preview_images: shown in the log's grids.
         run: the run's folder; the same folder continues what is there.
         runtime: where this process runs.
+        init: folder of a network to start from, instead of a fresh one; for a single stage.
 
     Returns:
         True when all are finished; False when the runtime asked to stop before.
 
     Raises:
-        ConfigError: an unknown stage.
-        WeightsError: an upstream stage is missing, or checkpoints belong to other settings.
+        ConfigError: an unknown stage, or `init` for several.
+        WeightsError: an upstream stage or `init` is missing, or checkpoints belong to other settings.
     """
+    if init is not None and len(stages) != 1:
+        raise ConfigError(f"--init {init} is the start of one stage: name it with --stage")
     for name in stages:
         if name not in STAGE_NAMES:
             raise ConfigError(f"no stage {name!r}: give one of {', '.join(STAGE_NAMES)}, or all")
@@ -93,6 +111,8 @@ def train_run(
         loaded = {stage: load_stage_network(run, stage, preset) for stage in needed}
         stage = make_stage(name, preset, {key: network for key, (network, _) in loaded.items()})
         digests = {key: digest for key, (_, digest) in loaded.items()}
+        if init is not None:
+            digests["init"] = start_from(stage, init)
         trainer = Trainer(stage, images, preview_images, run / name, runtime, digests)
         checkpoint = trainer.train()
         log.info("%s: %d of %d steps in %s", name, trainer.step, stage.settings.steps, checkpoint)

@@ -70,6 +70,10 @@ class Stage(nn.Module):
         """Parameters of every objective, each with an optimiser of its own; the first is the network's."""
         return {"generator": [p for p in self.network.parameters() if p.requires_grad]}
 
+    def start_from(self, network: ModelMixin) -> None:
+        """Take over the weights of a network of the same shape, instead of a fresh start."""
+        self.network.load_state_dict(network.state_dict())
+
     def extras(self) -> dict[str, nn.Module]:
         """Modules beside the network whose state a resumed run needs."""
         return {}
@@ -132,6 +136,11 @@ class VQGANStage(Stage):
     def network(self) -> ModelMixin:
         """The VQGAN."""
         return self.vqgan
+
+    def start_from(self, network: ModelMixin) -> None:
+        """Take over a VQGAN and its scaling factor."""
+        super().start_from(network)
+        self.vqgan.register_to_config(scaling_factor=network.config["scaling_factor"])
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """The VQGAN's parameters, and the discriminator's."""
