@@ -1,0 +1,1 @@
+"""Restoring many files: the parts that need no Ray."""

@@ -1,0 +1,52 @@
+"""Where the result for an input goes: a function of the input's key and the format alone, one-to-one.
+
+So no listing is needed to name an output, a second run writes the same files, and no two inputs meet in one file.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Literal
+
+from ldbfr.images import FORMAT_OF_SUFFIX, IMAGE_SUFFIXES, SUFFIX_OF_FORMAT, ImageFormat
+
+OutputFormat = Literal["same", "png", "jpeg", "webp"]
+
+WORK_FOLDER = "_ldbfr"
+FIRST_STAGE_FOLDER = "_first-stage"
+MANIFEST_FILE = "manifest.parquet"
+SHEET_FILE = "contact-sheet.png"
+_OURS = (WORK_FOLDER, FIRST_STAGE_FOLDER, MANIFEST_FILE, SHEET_FILE)
+
+
+def is_image(key: str) -> bool:
+    """Whether the key's suffix is that of an image that can be read."""
+    return PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES
+
+
+def format_of_output(key: str, format: OutputFormat) -> ImageFormat:
+    """The format in which the result for an input is written; "same" is PNG for inputs of formats not written."""
+    if format != "same":
+        return format
+    return FORMAT_OF_SUFFIX.get(PurePosixPath(key).suffix.lower(), "png")
+
+
+def output_key(key: str, format: OutputFormat) -> str:
+    """The result's key, relative to the output: the input's own folders and name.
+
+    A name whose suffix is not that of the format gets one more: a.jpg as PNG is a.jpg.png, so that a.png and a.jpg both
+    survive. So does a name that another input could be converted to, and the name of the contact sheet. A first folder
+    named like one of the run's own files gets an underscore.
+    """
+    first, slash, rest = _with_suffix(key, format).partition("/")
+    return f"{first}_/{rest}" if slash and first.rstrip("_") in _OURS else first + slash + rest
+
+
+def _with_suffix(key: str, format: OutputFormat) -> str:
+    written = format_of_output(key, format)
+    suffix = PurePosixPath(key).suffix
+    if FORMAT_OF_SUFFIX.get(suffix.lower()) == written and key not in _OURS:
+        stem = key.removesuffix(suffix)
+        if not is_image(stem) or _with_suffix(stem, format).lower() != key.lower():
+            return key
+    return key + SUFFIX_OF_FORMAT[written]

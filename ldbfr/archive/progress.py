@@ -1,0 +1,71 @@
+"""One log line every few seconds: how much is done, how fast, how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ldbfr.archive.manifest import Tally
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Reports a tally.
+
+    The rate counts from the first results on: before them, processes start and weights load.
+
+    Args:
+        tally: updated elsewhere.
+        every: seconds between lines.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, tally: Tally, every: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.tally, self.every, self.clock = tally, every, clock
+        self.started = self.last = clock()
+        self.first: tuple[float, int] | None = None
+
+    def update(self) -> None:
+        """Log a line if it is time for one."""
+        now = self.clock()
+        if self.first is None and self.tally.done:
+            self.first = (now, self.tally.done)
+        if now - self.last >= self.every:
+            self.last = now
+            log.info("%s", self.line())
+
+    def line(self) -> str:
+        """done/total, failures, images/s, time left."""
+        tally = self.tally
+        text = f"{tally.done:,}/{tally.planned:,} images"
+        if tally.failed:
+            text += f", {tally.failed:,} failed"
+        rate = self.rate()
+        if rate:
+            text += f", {rate:.1f} images/s, {duration((tally.planned - tally.done) / rate)} left"
+        return text
+
+    def rate(self) -> float | None:
+        """Images per second since the first results; None until there are more."""
+        if self.first is None or self.tally.done == self.first[1] or self.clock() == self.first[0]:
+            return None
+        return (self.tally.done - self.first[1]) / (self.clock() - self.first[0])
+
+    def summary(self) -> str:
+        """The line for the end."""
+        tally, seconds = self.tally, self.clock() - self.started
+        text = f"{tally.restored:,} of {tally.planned:,} images restored, {tally.failed:,} failed"
+        rate = self.rate()
+        return f"{text}, in {duration(seconds)}" + (f" ({rate:.1f} images/s after start-up)" if rate else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a text: 42 s, 3 min 20 s, 5 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
