@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,10 @@ class Quality:
 IDENTITY = IdentityModel()
 
 
-def measure(task: tuple[Pixels, Pixels, bool]) -> tuple[float, float, float]:
-    """PSNR, sharpness share and identity distance of (image, original)."""
-    image, original, identity = task
-    distance = IDENTITY.distance(image, original) if identity else float("nan")
+def measure(task: tuple[Pixels, Pixels, np.ndarray | None]) -> tuple[float, float, float]:
+    """PSNR, sharpness share and identity distance of (image, original, the original's embedding)."""
+    image, original, embedding = task
+    distance = float("nan") if embedding is None else float(np.linalg.norm(IDENTITY.embed(image) - embedding))
     return psnr(image, original), sharpness(image) / sharpness(original), distance
 
 
@@ -99,7 +100,8 @@ def main(args: Quality) -> None:
         "seed": args.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
-    with ProcessPoolExecutor(torch.get_num_threads()) as pool:
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
+        embeddings = list(pool.map(IDENTITY.embed, faces, chunksize=8)) if args.identity else [None] * len(faces)
         for split in args.splits:
             profile = get_profile(split)
             lq = np.stack(
@@ -107,7 +109,7 @@ def main(args: Quality) -> None:
             )
             rows = [("input", lq, 0.0), *restorations(args, pipeline, lq)]
             for name, images, seconds in rows:
-                tasks = [(image, face, args.identity) for image, face in zip(images, faces, strict=True)]
+                tasks = zip(images, faces, embeddings, strict=True)
                 row = summary(np.array(list(pool.map(measure, tasks, chunksize=8))))
                 results[f"{split}: {name}"] = {**row, "seconds_per_image": round(seconds, 4)}
                 shown = "  ".join(

@@ -166,10 +166,14 @@ def flip_byte(file: Path, position: int) -> None:
     file.write_bytes(bytes(data))
 
 
-def new_stage(name: str, *overrides: str, seed: int = 0) -> Any:
-    """A training stage on random networks of the stages before it."""
-    with seeded(seed):
-        return make_stage(name, preset(*overrides), networks(*overrides))
+def new_stage(name: str, *overrides: str, noise_seed: int | None = None) -> Any:
+    """A training stage on random networks of the stages before it; with a noise seed, its network is scrambled."""
+    stage = make_stage(name, preset(*overrides), networks(*overrides))
+    if noise_seed is not None:
+        with torch.no_grad():
+            for number, value in enumerate(stage.network.state_dict().values()):
+                value.add_(normal(*value.shape, seed=noise_seed + number))
+    return stage
 
 
 def new_trainer(
@@ -178,13 +182,18 @@ def new_trainer(
     *overrides: str,
     runtime: Worker | None = None,
     images: FaceImages | None = None,
-    seed: int = 0,
+    noise_seed: int | None = None,
     stage: Stage | None = None,
 ) -> Trainer:
-    """A trainer of one stage on blob faces; `seed` is that of the fresh networks."""
+    """A trainer of one stage on blob faces; see `new_stage`."""
     faces = images or face_images()
     return Trainer(
-        stage or new_stage(name, *overrides, seed=seed), faces, faces, folder / name, runtime or Worker(), {}
+        stage or new_stage(name, *overrides, noise_seed=noise_seed),
+        faces,
+        faces,
+        folder / name,
+        runtime or Worker(),
+        {},
     )
 
 

@@ -32,7 +32,7 @@ from ldbfr.models.dc_vqr import DCVQRModel
 from ldbfr.models.dqe import DQEUNet2DModel, make_unet
 from ldbfr.models.vqgan import VQGAN, PatchDiscriminator
 from ldbfr.schedules import noise_schedule
-from ldbfr.seeds import normal_per_sample, uniform_per_sample
+from ldbfr.seeds import derive_seed, normal_per_sample, uniform_per_sample
 from ldbfr.training.codebook import CodebookHealth
 from ldbfr.training.losses import ReconstructionLoss, adaptive_weight, hinge_discriminator_loss, min_snr_weight
 
@@ -412,10 +412,14 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 def make_stage(name: str, preset: Preset, upstream: Mapping[str, ModelMixin]) -> Stage:
     """A stage by name, with the networks of the stages that it builds on.
 
+    Its fresh weights follow from the preset's seed and the stage's name; torch's own generator is left as it was.
+
     Args:
         name: one of `STAGE_NAMES`.
         preset: all settings.
         upstream: networks by stage name; those in the stage's `upstream` must be there.
     """
     stage_class = dict(zip(STAGE_NAMES, STAGES, strict=True))[name]
-    return cast(Any, stage_class)(preset, upstream)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(preset.training.seed, "weights", name))
+        return cast(Any, stage_class)(preset, upstream)
