@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -134,6 +134,8 @@ class LDBFRPipeline(DiffusionPipeline):
         start = sampling.start_step if start_step is None else start_step
         scale = sampling.condition_scale if condition_scale is None else condition_scale
         self.check_settings(steps, start, scale, num_samples)
+        if output_type not in get_args(OutputType):
+            raise ConfigError(f"output_type {output_type!r} must be one of {', '.join(get_args(OutputType))}")
         lq = self.to_batch(images)
         digests = [image_digest(image) for image in lq]
         lq = lq.to(device=self.device, dtype=self.dtype)
@@ -189,7 +191,7 @@ class LDBFRPipeline(DiffusionPipeline):
             InputError: naming the shape that was given and the one expected.
         """
         if isinstance(images, Tensor):
-            batch = images.detach().float().cpu()
+            batch = tensor_batch(images)
         elif isinstance(images, np.ndarray):
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
                 raise InputError(
@@ -198,7 +200,7 @@ class LDBFRPipeline(DiffusionPipeline):
                 )
             batch = to_float(images)
         else:
-            batch = to_float(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+            batch = pil_batch(images)
         if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, self.side, self.side) or not len(batch):
             raise InputError(
                 f"images of shape {tuple(batch.shape)}: preset {self.preset.name} takes at least one aligned face of "
@@ -230,8 +232,9 @@ class LDBFRPipeline(DiffusionPipeline):
         manifest = read_manifest(folder)
         try:
             own = parse_preset(json.loads((folder / PRESET_FILE).read_text("utf-8")), str(folder / PRESET_FILE))
-        except OSError as error:
-            raise WeightsError(f"{folder} holds no {PRESET_FILE}: it is no folder of `ldbfr export`") from error
+        except (OSError, ValueError) as error:
+            text = f"{folder / PRESET_FILE} cannot be read ({error}): expected a folder that `ldbfr export` wrote"
+            raise WeightsError(text) from error
         if preset is not None and own.name != preset:
             raise WeightsError(f"{folder} are weights of preset {own.name}, not of {preset}; give the right folder")
         networks = {
@@ -328,6 +331,42 @@ class Sampler:
         return latents.to(dtype)
 
 
+def tensor_batch(images: Tensor) -> Tensor:
+    """Check a tensor's type and range: -> float32 on the CPU.
+
+    Raises:
+        InputError: it holds no floats in [-1, 1].
+    """
+    if not images.is_floating_point():
+        raise InputError(f"images are a tensor of {images.dtype}: expected floats in [-1, 1], or an array of uint8")
+    batch = images.detach().float().cpu()
+    if batch.isnan().any():
+        raise InputError("images hold NaN: expected floats in [-1, 1]")
+    if batch.numel() and batch.abs().max() > 1.001:
+        raise InputError(
+            f"images go from {batch.min():.3g} to {batch.max():.3g}: expected floats in [-1, 1]; "
+            "divide grey levels by 127.5 and subtract 1"
+        )
+    return batch
+
+
+def pil_batch(images: Sequence[Image.Image]) -> Tensor:
+    """A list of PIL images of one size: -> (B, 3, H, W) float32 in [-1, 1].
+
+    Raises:
+        InputError: no list, none in it, something else in it, or several sizes.
+    """
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise InputError(f"images are a {type(images).__name__}: expected an array, a tensor or a list of PIL images")
+    other = {type(image).__name__ for image in images if not isinstance(image, Image.Image)}
+    if other or not images:
+        raise InputError(f"images are a list of {', '.join(other) or 'none'}: expected at least one PIL image")
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise InputError(f"images have the sizes {sizes}: expected one size; resize them first")
+    return to_float(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+
+
 def image_digest(image: Tensor) -> bytes:
     """SHA-256 of an image's 8-bit pixels: (3, S, S) float in [-1, 1] -> 32 bytes."""
     return hashlib.sha256(to_uint8(image.clamp(-1, 1)).tobytes()).digest()
@@ -372,9 +411,29 @@ def check_shapes(preset: Preset, networks: dict[str, ModelMixin], folder: Path) 
     Raises:
         WeightsError: naming the network and the setting.
     """
-    for name, settings in (("dc_vqr", preset.hq_vqgan), ("latent_vqgan", preset.latent_vqgan)):
-        for key, value in settings.model_dump().items():
-            held = networks[name].config[key]
-            held = tuple(held) if isinstance(held, list) else held
-            if held != value:
-                raise WeightsError(f"{folder / name} has {key} {held}, but its preset says {value}: files are mixed up")
+    unet = networks["unet"].config
+    wanted: dict[str, dict[str, Any]] = {
+        "dc_vqr": preset.hq_vqgan.model_dump(),
+        "latent_vqgan": preset.latent_vqgan.model_dump(),
+        "unet": {
+            **preset.injection.model_dump(),
+            "condition_channels": preset.hq_vqgan.code_dim,
+            "condition_side": preset.feature_side,
+        },
+    }
+    held = {name: dict(networks[name].config) for name in wanted}
+    held["unet"] |= {f"unet {key}": value for key, value in unet["unet_config"].items()}
+    wanted["unet"] |= {
+        "unet sample_size": preset.latent_side,
+        "unet in_channels": preset.latent_vqgan.code_dim,
+        "unet block_out_channels": preset.unet.block_out_channels,
+        "unet layers_per_block": preset.unet.layers_per_block,
+    }
+    for name, settings in wanted.items():
+        for key, value in settings.items():
+            found = held[name].get(key)
+            found = tuple(found) if isinstance(found, list) else found
+            if found != value:
+                raise WeightsError(
+                    f"{folder / name} has {key} {found}, but its preset says {value}: files are mixed up"
+                )

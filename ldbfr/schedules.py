@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -57,7 +56,9 @@ def make_sampler(scheduler: SchedulerName | Scheduler, settings: DiffusionSettin
         case "ddpm":
             return DDPMScheduler(**config, clip_sample=False, timestep_spacing="trailing")
         case "ddim":
-            return DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+            # DDIM is DPM-Solver++ of order 1 (Lu et al. 2022, section 4.1). diffusers' own DDIMScheduler goes astray
+            # where the number of steps does not divide the schedule.
+            return DPMSolverMultistepScheduler(**config, solver_order=1, timestep_spacing="trailing")
         case "unipc":
             return UniPCMultistepScheduler(**config, timestep_spacing="trailing")
         case "dpm_solver":

@@ -141,14 +141,14 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on_to_expor
 ) -> None:
     run, weights = tmp_path / "run", tmp_path / "weights"
     settings = [
-        "training.hq_vqgan.steps=60",
+        "training.hq_vqgan.steps=40",
         "training.hq_vqgan.checkpoint_every=1000",
         "training.hq_vqgan.log_every=1",
     ]
     command = [*COMMAND, "train", "--preset", "tiny", "--data", str(faces), "--run", str(run), "--threads", "1"]
     command += [part for setting in settings for part in ("--set", setting)]
 
-    process = train_until(command, "hq_vqgan 3/60")
+    process = train_until(command, "hq_vqgan 3/40")
     process.send_signal(signal.SIGINT)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 130, log
@@ -156,15 +156,15 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on_to_expor
     checkpoint = latest_checkpoint(run / "hq_vqgan")
     assert checkpoint is not None
     stopped = read_state(checkpoint)["step"]
-    assert 3 <= stopped < 60
+    assert 3 <= stopped < 40
 
     resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"hq_vqgan continues at step {stopped} of 60" in resumed.stderr
+    assert f"hq_vqgan continues at step {stopped} of 40" in resumed.stderr
     for name in STAGE_NAMES:
         checkpoint = latest_checkpoint(run / name)
         assert checkpoint is not None
-        assert read_state(checkpoint)["step"] == (60 if name == "hq_vqgan" else 4)
+        assert read_state(checkpoint)["step"] == (40 if name == "hq_vqgan" else 4)
 
     started = time.time()
     exported = ldbfr("export", "--run", run, "--output", weights)

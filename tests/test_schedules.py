@@ -65,8 +65,8 @@ def solve(name: SchedulerName, steps: int, z: Tensor, unet: GaussianUNet, **extr
 
 
 def ends_at(name: SchedulerName) -> float:
-    """ᾱ at which a sampler stops: DDIM as CompVis has it keeps the noise of step 0, the others none."""
-    return float(alphas_cumprod()[0]) if name == "ddim" else 1.0
+    """ᾱ at which a sampler stops: none of them keeps any noise."""
+    return 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- the schedule
@@ -134,7 +134,7 @@ def test_in_the_same_number_of_steps_dpm_solver_is_far_closer_than_ddim() -> Non
     assert (errors("dpm_solver", [10, 20, 40]) * 3 < errors("ddim", [10, 20, 40])).all()
 
 
-@pytest.mark.parametrize("name", ["dpm_solver", "unipc"])
+@pytest.mark.parametrize("name", ODE_SAMPLERS)
 @pytest.mark.parametrize(("mean", "std"), DATA)
 def test_the_last_step_ends_at_the_clean_latents_that_it_expects(name: SchedulerName, mean: float, std: float) -> None:
     """From the last timestep on one step remains, to no noise: it gives E[z_0 | z_t], which is known in closed form."""
@@ -143,7 +143,7 @@ def test_the_last_step_ends_at_the_clean_latents_that_it_expects(name: Scheduler
     kept = float(alphas_cumprod()[last])
     before = ode_solution(z, 999, kept, mean, std)
     expected = mean + math.sqrt(kept) * std**2 / (kept * std**2 + 1 - kept) * (before - math.sqrt(kept) * mean)
-    assert (end - expected).abs().max() < 0.03
+    assert (end - expected).abs().max() < (0.08 if name == "ddim" else 0.03)
 
 
 def test_ddpm_draws_from_the_data_s_distribution() -> None:
@@ -257,10 +257,10 @@ def test_a_start_in_between_follows_the_ode_from_the_noised_latents(name: Schedu
 
 
 def test_data_without_spread_is_found_exactly_from_anywhere() -> None:
-    """s → 0: every path ends at the mean; DDIM keeps the noise of step 0, √(1 - ᾱ_0) = 0.039, as CompVis's does."""
+    """s → 0: every path ends at the mean, and no noise is left."""
     for name in ODE_SAMPLERS:
         latents, _ = draw(name, 12, 500, torch.full((2, 3, 16, 16), -3.0), 2, std=1e-3)
-        assert (latents - MEAN).abs().max() < (0.2 if name == "ddim" else 0.01)
+        assert (latents - MEAN).abs().max() < 0.01
 
 
 def test_the_networks_are_those_of_the_pipeline() -> None:

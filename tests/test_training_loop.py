@@ -383,8 +383,8 @@ def test_a_stage_starts_from_given_weights(finished: Path, tmp_path: Path) -> No
         for run, settings in ((finished, tiny.preset()), (tmp_path, still))
     )
     assert tiny.differing(tiny.snapshot(before), tiny.snapshot(after)) == []
+    other = finished / "latent_vqgan" / "checkpoints" / "step-00000002" / "ema"
     with pytest.raises(WeightsError, match=r"upstream init"):
-        other = finished / "latent_vqgan" / "checkpoints" / "step-00000002" / "ema"
         train_run(still, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init=other)
 
 

@@ -225,7 +225,7 @@ def test_weights_of_another_preset_than_the_expected_one_are_refused(saved: Path
 def test_a_checkpoint_folder_is_no_weights(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{}")
     write_manifest(tmp_path, {"kind": "checkpoint"})
-    with pytest.raises(WeightsError, match=r"holds no preset\.json.*ldbfr export"):
+    with pytest.raises(WeightsError, match=r"preset\.json cannot be read.*ldbfr export"):
         LDBFRPipeline.from_pretrained(tmp_path)
 
 

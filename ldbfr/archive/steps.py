@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from ldbfr.archive.rows import FaceRow
 from ldbfr.archive.settings import RestoreSettings
 from ldbfr.errors import LDBFRError
 from ldbfr.images import DEFAULT_LIMITS, ImageLimits, Pixels, crop_to_square, decode_image, encode_image, resize
-from ldbfr.pipeline import LDBFRPipeline
+
+if TYPE_CHECKING:  # readers and writers do without the networks, whose import takes seconds
+    from ldbfr.pipeline import LDBFRPipeline
 
 THUMBNAIL_SIDE = 192
 

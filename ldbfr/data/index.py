@@ -34,7 +34,11 @@ def iterate_images(source: str | Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             relative = file.relative_to(path).as_posix()
-            if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.is_dir():
+                continue
+            if not file.exists():
+                log.warning("left out of the data: %s is a link to nothing", file)
+            elif file.suffix.lower() in IMAGE_SUFFIXES:
                 yield relative, file.read_bytes()
             elif file.name.endswith((*TAR_SUFFIXES, ".zip")):
                 yield from ((f"{relative}/{name}", data) for name, data in iterate_images(file))

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 
 from ldbfr.errors import StorageError, WeightsError
 from ldbfr.weights import read_manifest, write_manifest
@@ -62,7 +63,7 @@ def save_checkpoint(
         write_manifest(partial, {"kind": "checkpoint"})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two: torch and safetensors on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(f"checkpoint {target} cannot be written ({error}); free space or choose --run") from error
     return target

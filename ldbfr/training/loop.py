@@ -23,7 +23,7 @@ from torch import nn
 from ldbfr.config import StageSettings
 from ldbfr.data.index import FaceImages
 from ldbfr.data.sampler import Batch, BatchSampler
-from ldbfr.errors import LDBFRError, WeightsError
+from ldbfr.errors import ConfigError, LDBFRError, WeightsError
 from ldbfr.training.checkpoint import (
     latest_checkpoint,
     prune_checkpoints,
@@ -36,9 +36,6 @@ from ldbfr.training.runtime import Runtime
 from ldbfr.training.stages import Losses, Stage
 
 log = logging.getLogger(__name__)
-
-CADENCE = ("checkpoint_every", "keep_checkpoints", "log_every", "images_every")
-"""Settings that may differ between a run and its continuation."""
 
 
 class TrainingError(LDBFRError):
@@ -64,6 +61,9 @@ class Trainer:
         folder: RUN/<stage>.
         runtime: where this process runs.
         upstream: digests of the networks that the stage builds on, kept in the checkpoints.
+
+    Raises:
+        ConfigError: more workers than images in a batch.
     """
 
     def __init__(
@@ -77,6 +77,11 @@ class Trainer:
     ) -> None:
         self.stage, self.images, self.folder, self.runtime = stage, images, folder, runtime
         self.settings = stage.settings
+        if runtime.world_size > self.settings.batch_size:
+            raise ConfigError(
+                f"training.{stage.name}.batch_size {self.settings.batch_size} is less than one image for each of the "
+                f"{runtime.world_size} workers: raise it, or take fewer workers"
+            )
         training = stage.preset.training
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         stage.to(runtime.device).to(memory_format=self.memory_format)
@@ -169,10 +174,11 @@ class Trainer:
                     totals[label] = totals.get(label, 0.0) + value.item() * share
         self.require_grad(self.groups)
         totals = self.reduce(totals)
-        self.check_finite(totals)
         for name in active:
             norm = nn.utils.clip_grad_norm_(self.groups[name], self.settings.clip_norm)
             totals["gradient_norm" if name == "generator" else f"{name}_gradient_norm"] = norm.item()
+        self.check_finite(totals)
+        for name in active:
             self.optimizers[name].step()
         return totals
 
@@ -231,7 +237,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the current step."""
-        settings = self.settings.model_dump(mode="json")
+        settings = self.stage.fixed_settings()
         state = {"stage": self.stage.name, "settings": settings, "upstream": self.upstream}
         training = {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -282,11 +288,10 @@ class Trainer:
         """Refuse a checkpoint of other settings or of other upstream networks."""
         if state["stage"] != self.stage.name:
             raise WeightsError(f"{checkpoint} is of stage {state['stage']!r}, not {self.stage.name!r}")
-        wanted = self.settings.model_dump(mode="json")
         differing = [
             f"{key}: {state['settings'].get(key)!r} there, {value!r} now"
-            for key, value in wanted.items()
-            if key not in CADENCE and state["settings"].get(key) != value
+            for key, value in self.stage.fixed_settings().items()
+            if state["settings"].get(key) != value
         ]
         differing += [
             f"upstream {name}: {state['upstream'].get(name)} there, {digest} now"

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ldbfr.config import Preset
 from ldbfr.data.index import FaceImages
+from ldbfr.degradations import get_profile
 from ldbfr.errors import ConfigError, WeightsError
 from ldbfr.storage import write_bytes
 from ldbfr.training.checkpoint import latest_checkpoint, read_state
@@ -97,7 +98,7 @@ def train_run(
         True when all are finished; False when the runtime asked to stop before.
 
     Raises:
-        ConfigError: an unknown stage, or `init` for several.
+        ConfigError: an unknown stage or degradation profile, or `init` for several.
         WeightsError: an upstream stage or `init` is missing, or checkpoints belong to other settings.
     """
     if init is not None and len(stages) != 1:
@@ -105,7 +106,8 @@ def train_run(
     for name in stages:
         if name not in STAGE_NAMES:
             raise ConfigError(f"no stage {name!r}: give one of {', '.join(STAGE_NAMES)}, or all")
-    remember_preset(run, preset)
+    for name in stages:
+        get_profile(getattr(preset.training, name).profile)
     for name in stages:
         needed = dict(zip(STAGE_NAMES, STAGES, strict=True))[name].upstream
         loaded = {stage: load_stage_network(run, stage, preset) for stage in needed}
@@ -114,6 +116,8 @@ def train_run(
         if init is not None:
             digests["init"] = start_from(stage, init)
         trainer = Trainer(stage, images, preview_images, run / name, runtime, digests)
+        trainer.resume()  # what does not fit is refused before anything is written
+        remember_preset(run, preset)
         checkpoint = trainer.train()
         log.info("%s: %d of %d steps in %s", name, trainer.step, stage.settings.steps, checkpoint)
         if trainer.step < stage.settings.steps:

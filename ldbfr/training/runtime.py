@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ldbfr.errors import ConfigError
+
 
 class Runtime(Protocol):
     """The loop's view of where it runs."""
@@ -38,7 +40,10 @@ class SingleProcess:
     world_size = 1
 
     def __init__(self, device: str | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ConfigError(f"no device {device!r}: give cpu, cuda, cuda:1, … or mps ({error})") from error
         self._stop = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -36,6 +36,9 @@ from ldbfr.seeds import derive_seed, normal_per_sample, uniform_per_sample
 from ldbfr.training.codebook import CodebookHealth
 from ldbfr.training.losses import ReconstructionLoss, adaptive_weight, hinge_discriminator_loss, min_snr_weight
 
+CADENCE = ("checkpoint_every", "keep_checkpoints", "log_every", "images_every")
+"""Settings that may differ between a run and its continuation."""
+
 Losses = dict[str, Tensor]
 Networks = dict[str, ModelMixin]
 
@@ -45,9 +48,11 @@ class Stage(nn.Module):
 
     `forward(objective, batch, step)` gives the losses of one objective; the entry "loss" is minimised, the others are
     logged. Everything in it is a mean over the batch, so that parts of a batch can be weighted by their sizes.
+    `sections` are the parts of the preset, besides its own training settings, that decide what it learns.
     """
 
     name: ClassVar[str]
+    sections: ClassVar[tuple[str, ...]]
     network_class: ClassVar[type[ModelMixin]]
     upstream: ClassVar[tuple[str, ...]] = ()
     uses_lq: ClassVar[bool] = False
@@ -60,6 +65,14 @@ class Stage(nn.Module):
     def settings(self) -> StageSettings:
         """The stage's own settings."""
         return cast(StageSettings, getattr(self.preset.training, self.name))
+
+    def fixed_settings(self) -> dict[str, Any]:
+        """Every setting that a continued run must share with its beginning, by dotted name."""
+        values = self.preset.model_dump(mode="json")
+        own = flatten({section: values[section] for section in self.sections})
+        training = {"seed": values["training"]["seed"], self.name: values["training"][self.name]}
+        settings = own | flatten({"training": training})
+        return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in CADENCE}
 
     @property
     def network(self) -> ModelMixin:
@@ -99,6 +112,14 @@ class Stage(nn.Module):
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures to look at, by title, each (B, 3, S, S)."""
         raise NotImplementedError
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted name: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -201,12 +222,14 @@ class HQVQGANStage(VQGANStage):
     """Stage 1: the HQ VQGAN, whose codes are what a good face is made of."""
 
     name = "hq_vqgan"
+    sections = ("side", "hq_vqgan")
 
 
 class LatentVQGANStage(VQGANStage):
     """Stage 2: the latent VQGAN, in whose latents the diffusion runs."""
 
     name = "latent_vqgan"
+    sections = ("side", "latent_vqgan")
 
     def finish(self, images: FaceImages, device: torch.device) -> None:
         """Measure the scaling factor, 1 / standard deviation of the latents, on the first 2,048 images."""
@@ -220,6 +243,7 @@ class DCVQRStage(Stage):
     """Stage 3: LQ encoder and DCAM, with L_feature + λ L_pixel (equations (2) to (4))."""
 
     name = "dc_vqr"
+    sections = ("side", "hq_vqgan", "attention")
     network_class = DCVQRModel
     upstream = ("hq_vqgan",)
     uses_lq = True
@@ -316,6 +340,7 @@ class PriorStage(DiffusionStage):
     """Stage 4: the unconditional UNet, E|ε - ε_θ(z_t, t)|² (equation (5))."""
 
     name = "prior"
+    sections = ("side", "latent_vqgan", "unet", "diffusion")
     network_class = UNet2DModel
     upstream = ("latent_vqgan",)
 
@@ -348,6 +373,7 @@ class EnhancerStage(DiffusionStage):
     """Stage 5: the injections, E|ε - ε_θ(z_t, t, f_HQ)|² (equation (6)), with the rest frozen."""
 
     name = "enhancer"
+    sections = ("side", "hq_vqgan", "latent_vqgan", "attention", "unet", "injection", "diffusion")
     network_class = DQEUNet2DModel
     upstream = ("latent_vqgan", "dc_vqr", "prior")
     uses_lq = True
