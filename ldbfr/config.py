@@ -54,7 +54,7 @@ class DualCrossAttentionSettings(Settings):
 
     `self_logit` sets the initial W_Q = W_K = gain · I: the attention logit of a position's own code, 0 being an
     unrelated one's (our choice). At 16 the fetched codes come through and gradients still flow; at 98 the softmax is
-    a hard choice, nothing flows, and DC-VQR loses 0.7 dB (docs/training-log.md).
+    a hard choice, nothing flows, and DC-VQR hardly learns (docs/training-log.md).
     """
 
     spatial: bool = True
