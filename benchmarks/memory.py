@@ -2,15 +2,17 @@
 
     python benchmarks/memory.py --preset paper_512 --steps 2
 
-Peak memory is the process's maximum resident set; the code lookup is measured in chunks and whole.
+Peaks are resident memory beyond what was held before (Linux); the code lookup is measured in chunks and whole.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
-import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +39,20 @@ class Memory:
     """JSON file for the results."""
 
 
-def peak_mib() -> float:
-    """Maximum resident set of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_mib(field: str) -> float:
+    """A field of this process's status, in MiB: VmRSS is what it holds now, VmHWM the most since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+@contextmanager
+def measured(results: dict[str, object], name: str) -> Iterator[None]:
+    """Note the peak of a block beyond what was held before it, in MiB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+    before = memory_mib("VmRSS")
+    yield
+    results[f"{name}, MiB"] = round(memory_mib("VmHWM") - before)
 
 
 def random_pipeline(preset: Preset) -> LDBFRPipeline:
@@ -59,23 +72,17 @@ def main(args: Memory) -> None:
     features = torch.randn(1, preset.latent_vqgan.code_dim, side, side)
     results: dict[str, object] = {"preset": preset.name, "machine": f"{platform.machine()}, torch {torch.__version__}"}
 
-    before = peak_mib()
-    pipeline.latent_vqgan.quantize.nearest(features)
-    results["lookup in chunks, MiB"] = round(peak_mib() - before)
-
-    before = peak_mib()
+    results["weights in float32, MiB"] = round(memory_mib("VmRSS"))
+    with measured(results, "latent code lookup in chunks"):
+        pipeline.latent_vqgan.quantize.nearest(features)
     lq = np.random.default_rng(0).integers(0, 256, (1, preset.side, preset.side, 3), dtype=np.uint8)
     started = time.perf_counter()
-    pipeline(lq, num_inference_steps=args.steps)
-    results["restoration beyond the weights, MiB"] = round(peak_mib() - before)
-    results["restoration, seconds"] = round(time.perf_counter() - started, 1)
-    results["steps"] = args.steps
-
-    before = peak_mib()
+    with measured(results, "restoration of one image beyond the weights"):
+        pipeline(lq, num_inference_steps=args.steps)
+    results["steps"], results["seconds"] = args.steps, round(time.perf_counter() - started, 1)
     vqgan.LOOKUP_ELEMENTS = 1 << 62
-    pipeline.latent_vqgan.quantize.nearest(features)
-    results["whole lookup on top of that peak, MiB"] = round(peak_mib() - before)
-    results["process peak, MiB"] = round(peak_mib())
+    with measured(results, "latent code lookup whole"):
+        pipeline.latent_vqgan.quantize.nearest(features)
 
     print(json.dumps(results, indent=1))
     if args.output is not None:

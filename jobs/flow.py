@@ -15,7 +15,6 @@ import pyarrow.parquet
 import ray
 import ray.data
 import ray.exceptions
-import torch
 
 from ldbfr import storage
 from ldbfr.archive.plan import Plan
@@ -23,7 +22,6 @@ from ldbfr.archive.rows import FaceRow, from_table, to_table
 from ldbfr.archive.settings import RestoreSettings, Weights
 from ldbfr.archive.steps import Reader, Writer, restore_faces
 from ldbfr.errors import ConfigError, LDBFRError, WeightsError
-from ldbfr.pipeline import LDBFRPipeline
 
 REPOSITORY = str(Path(__file__).resolve().parent.parent)
 """What workers import must be this checkout, also where ldbfr is not installed."""
@@ -39,6 +37,9 @@ class Workers:
     device: str
     threads: int
     batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.count} worker(s) on {self.device}, {self.threads} threads each, batches of {self.batch_size}"
 
 
 @contextmanager
@@ -181,6 +182,10 @@ class FaceRestorer:
     """
 
     def __init__(self, reference: str, digest: str, settings: RestoreSettings, workers: Workers) -> None:
+        import torch  # here, because readers and writers, who import this file too, would wait seconds for it
+
+        from ldbfr.pipeline import LDBFRPipeline
+
         torch.set_num_threads(workers.threads)
         self.settings = settings
         self.pipeline = LDBFRPipeline.from_pretrained(reference, device=workers.device)

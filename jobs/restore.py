@@ -144,7 +144,7 @@ def make_run_plan(request: Restore, weights: Weights, settings: RestoreSettings)
 
 def run(request: Restore, plan: Plan, weights: Weights, settings: RestoreSettings) -> int:
     """Restore what is planned, and report."""
-    log.info("starting Ray and loading %s (%d px)", request.weights, settings.side)
+    log.info("starting Ray")
     prepare_environment()
     from jobs import flow  # importing Ray takes seconds, which a mistyped option should not cost
 
@@ -154,6 +154,7 @@ def run(request: Restore, plan: Plan, weights: Weights, settings: RestoreSetting
     progress = Progress(manifest.tally)
     with flow.cluster(request.workers) as own:
         workers = flow.place_workers(request.workers, request.device, request.batch_size, own)
+        log.info("loading %s (%d px) into %s", request.weights, settings.side, workers)
         for row in flow.restored_rows(plan, request.output, weights, settings, workers):
             manifest.add(row)
             sheet.add(row)

@@ -50,6 +50,8 @@ class Train:
 
     def __call__(self) -> int:
         """Train; exit code 0 when finished, 130 when stopped before."""
+        preset = load_preset(self.preset, self.set)  # a mistyped setting should not wait for torch
+
         import torch
 
         from ldbfr.data.index import FaceImages
@@ -57,7 +59,6 @@ class Train:
         from ldbfr.training.runtime import SingleProcess
         from ldbfr.training.stages import STAGE_NAMES
 
-        preset = load_preset(self.preset, self.set)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         images = FaceImages.load(self.data, preset.side)

@@ -145,7 +145,8 @@ class VQStageSettings(StageSettings):
     """Settings of `hq_vqgan` and `latent_vqgan`.
 
     `trains` "decoder" keeps the encoder and the codebook as they are (the paper's fine-tuning of a pretrained LDM).
-    Codes that no position chose for `revive_every` steps are replaced by encoder outputs, until `revive_until`.
+    Codes that no position chose since the last revival are replaced by encoder outputs: after the first batch, then
+    every `revive_every` steps, until `revive_until`.
     """
 
     reconstruction: ReconstructionSettings = ReconstructionSettings()

@@ -183,6 +183,8 @@ class LDBFRPipeline(DiffusionPipeline):
             raise ConfigError(f"condition_scale {scale} must be a number of at least 0")
         if num_samples < 1:
             raise ConfigError(f"num_samples {num_samples} must be at least 1")
+        if num_samples > 1 and steps == 0:
+            raise ConfigError(f"num_samples {num_samples}: the first stage alone (0 steps) has only one; ask for 1")
 
     def to_batch(self, images: LQImages) -> Tensor:
         """Check the images: -> (B, 3, S, S) float32 in [-1, 1] on the CPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ def derive_seed(*what: int | str | bytes) -> int:
     """A 63-bit seed that is a function of its arguments alone, the same on every machine and Python version."""
     digest = hashlib.blake2b(digest_size=8)
     for part in what:
+        if not isinstance(part, str | bytes):
+            part = operator.index(part)  # numpy's integers are the same numbers
         data = part if isinstance(part, bytes) else str(part).encode()
         digest.update(f"{type(part).__name__}:{len(data)}:".encode() + data)
     return int.from_bytes(digest.digest(), "little") >> 1

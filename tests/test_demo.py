@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +41,24 @@ def test_a_portrait_that_is_not_installed_is_named_with_its_extra() -> None:
 
 
 @pytest.mark.ray
-def test_the_demo_lays_out_every_portrait_and_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights, output = tmp_path / "weights", tmp_path / "out"
+def test_the_demo_lays_out_every_portrait_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a user runs it: from another folder, with a Ray of its own that leaves nothing in the home folder."""
+    weights, output, home = tmp_path / "weights", tmp_path / "out", tmp_path / "home"
     tiny.new_pipeline().save_pretrained(weights)
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
     assert demo.main(["--output", str(output), "--weights", str(weights)]) == 0
     picture = decode_image((output / "demo.png").read_bytes(), name="demo.png")
     rows, columns = len(demo.PORTRAITS) * len(demo.SPLITS), len(demo.COLUMNS)
     assert picture.shape[0] > rows * 3 * tiny.SIDE
     assert picture.shape[1] > columns * 3 * tiny.SIDE
     assert len(list((output / "restored").glob("*.png"))) == rows + 1  # and the contact sheet
+    assert list(home.iterdir()) == []
     assert f"See {output / 'demo.png'}" in capsys.readouterr().out
 
 

@@ -40,11 +40,11 @@ def iterate_images(source: str | Path) -> Iterator[tuple[str, bytes]]:
                 log.warning("left out of the data: %s is a link to nothing", file)
             elif file.suffix.lower() in IMAGE_SUFFIXES:
                 yield relative, file.read_bytes()
-            elif file.name.endswith((*TAR_SUFFIXES, ".zip")):
+            elif file.name.lower().endswith((*TAR_SUFFIXES, ".zip")):
                 yield from ((f"{relative}/{name}", data) for name, data in iterate_images(file))
-    elif path.name.endswith(TAR_SUFFIXES) and path.is_file():
+    elif path.name.lower().endswith(TAR_SUFFIXES) and path.is_file():
         yield from tar_images(path)
-    elif path.suffix == ".zip" and path.is_file():
+    elif path.suffix.lower() == ".zip" and path.is_file():
         yield from zip_images(path)
     else:
         raise InputError(f"{path}: expected a folder, a .tar or a .zip with images")

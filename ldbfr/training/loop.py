@@ -98,6 +98,7 @@ class Trainer:
         self.preview_batch = preview.batch(0).to(runtime.device, self.memory_format)
         self.upstream = upstream
         self.step = 0
+        self.resumed_from: Path | None = None
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW; with no weight decay, the paper's Adam."""
@@ -116,7 +117,7 @@ class Trainer:
             TrainingError: a loss is not finite; the text names step and batch. The last checkpoint is untouched.
             WeightsError: the run's checkpoints belong to other settings.
         """
-        checkpoint = self.resume()
+        checkpoint = self.resumed_from or self.resume()
         if checkpoint is not None and self.step >= self.settings.steps:
             return checkpoint
         self.stage.prepare(self.images, self.runtime.device)
@@ -281,6 +282,7 @@ class Trainer:
         for name, module in self.stage.extras().items():
             module.load_state_dict(training["extras"][name])
         self.step = int(state["step"])
+        self.resumed_from = checkpoint
         log.info("%s continues at step %d of %d", self.stage.name, self.step, self.settings.steps)
         return checkpoint
 

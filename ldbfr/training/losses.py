@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, cast
 
 import torch
@@ -67,7 +68,10 @@ class PerceptualLoss(nn.Module):
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's own deprecations inside lpips
-            self.net = lpips.LPIPS(net="vgg", pnet_rand=backbone == "random", verbose=False)
+            try:
+                self.net = lpips.LPIPS(net="vgg", pnet_rand=backbone == "random", verbose=False)
+            except (RuntimeError, EOFError, UnpicklingError) as error:
+                raise WeightsError(f"{folder / VGG16_FILE} is damaged ({error}); copy it again") from error
         self.requires_grad_(False)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
