@@ -33,9 +33,8 @@ from ldbfr.models.dqe import DQEUNet2DModel
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.schedules import Scheduler, make_sampler, noise_schedule
 from ldbfr.seeds import generator
-from ldbfr.weights import find_weights, manifest_digest, read_manifest, write_manifest
+from ldbfr.weights import PRESET_FILE, find_weights, manifest_digest, read_manifest, write_manifest
 
-PRESET_FILE = "preset.json"
 OutputType = Literal["np", "pt", "pil"]
 LQImages = np.ndarray | Tensor | Sequence[Image.Image]
 StepCallback = Callable[[int, int, Tensor], None]

@@ -15,6 +15,8 @@ from typing import Any
 from ldbfr.errors import WeightsError
 
 MANIFEST = "manifest.json"
+PRESET_FILE = "preset.json"
+"""The resolved settings beside weights and in the folder of a run."""
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 
 

@@ -15,9 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldbfr import pipeline as pipeline_module
 from ldbfr.archive import plan as planning
-from ldbfr.archive import settings as settings_module
 from ldbfr.archive.manifest import ManifestWriter, Tally
 from ldbfr.archive.naming import format_of_output, is_image, output_key
 from ldbfr.archive.plan import check_places, make_plan
@@ -285,10 +283,6 @@ def test_weights_are_found_without_building_the_networks(tiny_weights: Path) -> 
 
     assert weights.digest == LDBFRPipeline.from_pretrained(tiny_weights).weights_digest
     assert (weights.preset.name, weights.reference) == ("tiny", str(tiny_weights.resolve()))
-
-
-def test_the_preset_file_is_the_pipelines() -> None:
-    assert settings_module.PRESET_FILE == pipeline_module.PRESET_FILE
 
 
 def test_weights_that_are_missing() -> None:

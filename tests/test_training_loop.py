@@ -15,9 +15,9 @@ from ldbfr.data.sampler import Batch
 from ldbfr.errors import ConfigError, WeightsError
 from ldbfr.training.checkpoint import checkpoint_folders, latest_checkpoint, read_state, read_training
 from ldbfr.training.loop import Trainer, TrainingError, learning_rate
-from ldbfr.training.run import PRESET_FILE, load_stage_network, train_run
+from ldbfr.training.run import load_stage_network, train_run
 from ldbfr.training.stages import STAGE_NAMES, PriorStage
-from ldbfr.weights import read_manifest
+from ldbfr.weights import PRESET_FILE, read_manifest
 from tests import tiny
 from tests.tiny import Worker
 

@@ -11,10 +11,7 @@ from typing import Self
 from ldbfr.archive.naming import OutputFormat
 from ldbfr.config import Preset, SchedulerName, Settings, parse_preset
 from ldbfr.errors import ConfigError, WeightsError
-from ldbfr.weights import PRETRAINED_FOLDER, find_weights, manifest_digest, read_manifest
-
-PRESET_FILE = "preset.json"
-"""As in ldbfr.pipeline, which takes ten seconds to import: a mistyped option should not cost them."""
+from ldbfr.weights import PRESET_FILE, PRETRAINED_FOLDER, find_weights, manifest_digest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ldbfr.models.dc_vqr import DCVQRModel
 from ldbfr.models.dqe import DQEUNet2DModel
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.pipeline import LDBFRPipeline
-from ldbfr.training.run import PRESET_FILE, load_stage_network
+from ldbfr.training.run import load_stage_network
+from ldbfr.weights import PRESET_FILE
 
 SHARD_SIZE = "15MB"
 """Largest file of exported weights, so that they fit where single files are limited."""

@@ -18,11 +18,9 @@ from ldbfr.training.checkpoint import latest_checkpoint, read_state
 from ldbfr.training.loop import Trainer, load_network
 from ldbfr.training.runtime import Runtime
 from ldbfr.training.stages import STAGE_NAMES, STAGES, Stage, make_stage
-from ldbfr.weights import list_files, manifest_digest, read_manifest, sha256_of
+from ldbfr.weights import PRESET_FILE, list_files, manifest_digest, read_manifest, sha256_of
 
 log = logging.getLogger(__name__)
-
-PRESET_FILE = "preset.json"
 
 
 def finished_checkpoint(run: Path, stage: str, preset: Preset) -> Path:
