@@ -98,8 +98,8 @@ class Export:
         own = read_run_preset(self.run).sampling
         sampling = SamplingSettings(
             scheduler=own.scheduler,
-            num_inference_steps=self.steps or own.num_inference_steps,
-            start_step=self.start_step or own.start_step,
+            num_inference_steps=own.num_inference_steps if self.steps is None else self.steps,
+            start_step=own.start_step if self.start_step is None else self.start_step,
             condition_scale=own.condition_scale,
         )
         pipeline = export(self.run, self.output, dtype, sampling)

@@ -1,7 +1,7 @@
 """DQE: the diffusion-based quality enhancer, a UNet2DModel conditioned on f_HQ (LD-BFR, section 3.2).
 
-The UNet itself is diffusers' and stays frozen in training; only the injections learn. Both are kept in one network so
-that one folder holds the whole second stage.
+The UNet itself is diffusers' and stays frozen in training, unless `train_unet` is set as in `faces_64`; the injections
+learn. Both are kept in one network so that one folder holds the whole second stage.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ class Trainer:
         self.check_same_run(state, checkpoint)
         training = read_training(checkpoint)
         network = type(self.stage.network)
-        self.stage.network.load_state_dict(load_network(network, checkpoint / "network").state_dict())
+        self.stage.start_from(load_network(network, checkpoint / "network"))
         averaged = dict(load_network(network, checkpoint / "ema").named_parameters())
         names = {id(p): name for name, p in self.stage.network.named_parameters()}
         for shadow, parameter in zip(self.ema.shadow_params, self.groups["generator"], strict=True):
