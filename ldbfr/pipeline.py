@@ -30,6 +30,7 @@ from ldbfr.errors import ConfigError, InputError, WeightsError
 from ldbfr.images import to_float, to_uint8
 from ldbfr.models.dc_vqr import DCVQRModel
 from ldbfr.models.dqe import DQEUNet2DModel
+from ldbfr.models.loading import load_network
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.schedules import Scheduler, make_sampler, noise_schedule
 from ldbfr.seeds import generator
@@ -239,8 +240,7 @@ class LDBFRPipeline(DiffusionPipeline):
         if preset is not None and own.name != preset:
             raise WeightsError(f"{folder} are weights of preset {own.name}, not of {preset}; give the right folder")
         networks = {
-            name: load_component(network_class, folder / name, torch_dtype)
-            for name, network_class in COMPONENTS.items()
+            name: load_network(network_class, folder / name, torch_dtype) for name, network_class in COMPONENTS.items()
         }
         check_shapes(own, networks, folder)
         pipeline = cls(**cast(Any, networks), preset=own, weights_digest=manifest_digest(manifest))
@@ -392,18 +392,6 @@ def convert(images: Tensor, output_type: OutputType) -> Any:
         return images.float()
     pixels = to_uint8(images.float().cpu())
     return pixels if output_type == "np" else [Image.fromarray(image) for image in pixels]
-
-
-def load_component(network_class: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
-    """One network of the pipeline.
-
-    Raises:
-        WeightsError: the folder holds something else.
-    """
-    try:
-        return cast(ModelMixin, network_class.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False))
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise WeightsError(f"{folder} cannot be loaded as {network_class.__name__}: {error}") from error
 
 
 def check_shapes(preset: Preset, networks: dict[str, ModelMixin], folder: Path) -> None:

@@ -24,6 +24,7 @@ from ldbfr.config import StageSettings
 from ldbfr.data.index import FaceImages
 from ldbfr.data.sampler import Batch, BatchSampler
 from ldbfr.errors import ConfigError, LDBFRError, WeightsError
+from ldbfr.models.loading import load_network
 from ldbfr.training.checkpoint import (
     latest_checkpoint,
     prune_checkpoints,
@@ -305,15 +306,3 @@ class Trainer:
                 f"{checkpoint} was trained with other settings ({'; '.join(differing)}); "
                 f"give them again, or choose another --run"
             )
-
-
-def load_network(network_class: type[ModelMixin], folder: Path) -> ModelMixin:
-    """A network from its folder, in float32.
-
-    Raises:
-        WeightsError: the folder holds another network or another shape.
-    """
-    try:
-        return network_class.from_pretrained(folder, low_cpu_mem_usage=False)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise WeightsError(f"{folder} cannot be loaded as {network_class.__name__}: {error}") from error

@@ -13,9 +13,10 @@ from ldbfr.config import Preset
 from ldbfr.data.index import FaceImages
 from ldbfr.degradations import get_profile
 from ldbfr.errors import ConfigError, WeightsError
+from ldbfr.models.loading import load_network
 from ldbfr.storage import write_bytes
 from ldbfr.training.checkpoint import latest_checkpoint, read_state
-from ldbfr.training.loop import Trainer, load_network
+from ldbfr.training.loop import Trainer
 from ldbfr.training.runtime import Runtime
 from ldbfr.training.stages import STAGE_NAMES, STAGES, Stage, make_stage
 from ldbfr.weights import PRESET_FILE, list_files, manifest_digest, read_manifest, sha256_of
