@@ -103,7 +103,10 @@ class SamplingSettings(Settings):
 
 
 class StageSettings(Settings):
-    """What every training stage has: length, batch, optimiser, precision, and how often something is kept."""
+    """What every training stage has: length, batch, optimiser, precision, and how often something is kept.
+
+    The newest `keep_checkpoints` are kept and, with `keep_best`, the one that did best in the validation.
+    """
 
     steps: PositiveInt
     batch_size: PositiveInt = 8
@@ -120,6 +123,7 @@ class StageSettings(Settings):
     profile: str = "train"
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
+    keep_best: bool = True
     log_every: PositiveInt = 50
     images_every: PositiveInt = 1000
 
@@ -186,11 +190,23 @@ class DiffusionStageSettings(StageSettings):
     cache_latents: bool = False
 
 
+class ValidationSettings(Settings):
+    """What happens beside the training: every checkpoint, or the newest if they come faster, is measured.
+
+    `num_images` faces of the validation set are measured, the first `num_shown` of them are kept as a grid.
+    """
+
+    num_images: PositiveInt = 64
+    num_shown: PositiveInt = 8
+    batch_size: PositiveInt = 8
+
+
 class TrainingSettings(Settings):
     """The five stages, in the order in which they are trained."""
 
     seed: int = 0
     channels_last: bool = True
+    validation: ValidationSettings = ValidationSettings()
     hq_vqgan: VQStageSettings
     latent_vqgan: VQStageSettings
     dc_vqr: DCVQRStageSettings

@@ -8,6 +8,7 @@ credentials and AWS_ENDPOINT_URL from the environment. Every failure is a Storag
 import errno
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ _S3_REASONS = {
     "403": _S3_NO_ACCESS,
     "InvalidAccessKeyId": _S3_NO_ACCESS,
     "SignatureDoesNotMatch": _S3_NO_ACCESS,
+    "InvalidRange": "it ends before the bytes asked for; it was cut short or replaced, copy or make it again",
     "ExpiredToken": "the credentials have expired; renew them",
 }
 
@@ -124,6 +126,60 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     bucket, key = _object_location(uri)
     with _s3(uri, "read") as client:
         return _read_s3_body(client, uri, bucket, key, max_bytes)
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes of an object from byte `start` on; StorageError if the object ends before."""
+    if is_local(uri):
+        with _local_errors(uri, "read"), local_path(uri).open("rb") as file:
+            file.seek(start)
+            data = file.read(length)
+    else:
+        bucket, key = _object_location(uri)
+        wanted = f"bytes={start}-{start + length - 1}"
+        with _s3(uri, "read") as client:
+            data = _read_s3_body(client, uri, bucket, key, None, wanted) if length else b""
+    if len(data) != length:
+        raise StorageError(
+            f"{uri}: bytes {start:,} to {start + length:,} asked for, but it ends before; "
+            "it was cut short or replaced, copy or make it again"
+        )
+    return data
+
+
+def fetch_file(uri: str, target: Path) -> None:
+    """Copy an object to a local file, in pieces; the file takes its name only when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
+    try:
+        if is_local(uri):
+            with _local_errors(uri, "copy"):
+                shutil.copyfile(local_path(uri), partial)
+        else:
+            bucket, key = _object_location(uri)
+            with _s3(uri, "read") as client, _local_errors(str(target), "write"):
+                client.download_file(bucket, key, str(partial))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def put_file(source: Path, uri: str) -> None:
+    """Create or replace an object from a local file, in pieces; a reader sees the old content or all of the new."""
+    if is_local(uri):
+        target = local_path(uri)
+        with _local_errors(uri, "write"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
+            try:
+                shutil.copyfile(source, partial)
+                os.replace(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)
+        return
+    bucket, key = _object_location(uri)
+    with _s3(uri, "write") as client:
+        client.upload_file(str(source), bucket, key)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -294,17 +350,20 @@ def _s3_client(process: int) -> Any:
 def _s3(uri: str, action: str) -> Iterator[Any]:
     """The client, with its failures turned into StorageError."""
     try:
-        import boto3  # noqa: F401
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as error:
         raise StorageError(f"cannot {action} {uri}: S3 needs boto3; pip install 'ldbfr[s3]'") from error
     try:
         yield _s3_client(os.getpid())
+    except Boto3Error as error:  # what moves a file in pieces wraps the failure of a piece
+        cause = error.__cause__ or error.__context__ or error
+        raise StorageError(f"cannot {action} {uri}: {_s3_reason(cause)}") from error
     except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: an endpoint that is no URL
         raise StorageError(f"cannot {action} {uri}: {_s3_reason(error)}") from error
 
 
-def _s3_reason(error: Exception) -> str:
+def _s3_reason(error: BaseException) -> str:
     from botocore import exceptions
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
@@ -335,12 +394,14 @@ def _s3_size(uri: str) -> int | None:
     return None
 
 
-def _read_s3_body(client: Any, uri: str, bucket: str, key: str, max_bytes: int | None) -> bytes:
+def _read_s3_body(
+    client: Any, uri: str, bucket: str, key: str, max_bytes: int | None, byte_range: str | None = None
+) -> bytes:
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
     attempt = 1
     while True:
-        response = client.get_object(Bucket=bucket, Key=key)
+        response = client.get_object(Bucket=bucket, Key=key, **({"Range": byte_range} if byte_range else {}))
         with closing(response["Body"]) as body:
             _check_size(uri, response["ContentLength"], max_bytes)
             try:

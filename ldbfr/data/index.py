@@ -6,11 +6,14 @@ that an index means the same image on every machine.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -74,6 +77,37 @@ def zip_images(path: Path) -> Iterator[tuple[str, bytes]]:
         raise InputError(f"{path} is not a readable zip file ({error}); copy it again or leave it out") from error
 
 
+class Faces(Protocol):
+    """A set of aligned faces at side S, in a fixed order: in memory (`FaceImages`) or in shards (`ShardedFaces`)."""
+
+    @property
+    def side(self) -> int:
+        """S, in px."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One name for every face."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the set holds, in order: equal data, equal digest."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The faces at these places, (n, S, S, 3) uint8 RGB, an array of the caller's own."""
+
+    def latents(self, vqgan_digest: str) -> Latents | None:
+        """z_0 of every face as that latent VQGAN encodes it, where they were prepared; None where they were not."""
+
+
+class Latents(Protocol):
+    """Frozen latents of a set of faces and of their mirror images."""
+
+    def read(self, indices: Sequence[int] | np.ndarray, flips: Sequence[bool] | np.ndarray) -> np.ndarray:
+        """z_0 of these faces, mirrored where `flips` says so, (n, c, S/F, S/F) float32."""
+
+
 class FaceImages:
     """Aligned faces at side S, decoded once and held in memory (S² · 3 bytes each: 104 MB for 8,500 at 64 px).
 
@@ -93,6 +127,22 @@ class FaceImages:
     def side(self) -> int:
         """S, in px."""
         return int(self.pixels.shape[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the names and the pixels."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        return digest.hexdigest()
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """A copy of the faces at these places."""
+        pixels: np.ndarray = self.pixels[np.asarray(indices, dtype=np.int64)]
+        return pixels
+
+    def latents(self, vqgan_digest: str) -> Latents | None:
+        """None: nothing was prepared."""
+        return None
 
     @classmethod
     def load(cls, sources: Sequence[str | Path], side: int) -> FaceImages:

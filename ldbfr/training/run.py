@@ -18,7 +18,7 @@ from ldbfr.storage import write_bytes
 from ldbfr.training.checkpoint import latest_checkpoint, read_state
 from ldbfr.training.loop import Trainer
 from ldbfr.training.runtime import Runtime
-from ldbfr.training.stages import STAGE_NAMES, STAGES, Stage, make_stage
+from ldbfr.training.stages import STAGE_NAMES, Stage, make_stage, stage_class
 from ldbfr.weights import PRESET_FILE, list_files, manifest_digest, read_manifest, sha256_of
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def load_stage_network(run: Path, stage: str, preset: Preset) -> tuple[ModelMixi
         WeightsError: the stage is not finished, or its files are damaged.
     """
     folder = finished_checkpoint(run, stage, preset) / "ema"
-    network_class = dict(zip(STAGE_NAMES, STAGES, strict=True))[stage].network_class
+    network_class = stage_class(stage).network_class
     files = read_manifest(folder.parent)["files"]
     own = {name: entry for name, entry in files.items() if name.startswith("ema/")}
     return load_network(network_class, folder), manifest_digest({"files": own})
@@ -108,7 +108,7 @@ def train_run(
     for name in stages:
         get_profile(getattr(preset.training, name).profile)
     for name in stages:
-        needed = dict(zip(STAGE_NAMES, STAGES, strict=True))[name].upstream
+        needed = stage_class(name).upstream
         loaded = {stage: load_stage_network(run, stage, preset) for stage in needed}
         stage = make_stage(name, preset, {key: network for key, (network, _) in loaded.items()})
         digests = {key: digest for key, (_, digest) in loaded.items()}

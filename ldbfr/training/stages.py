@@ -15,7 +15,7 @@ logging and checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from ldbfr.seeds import derive_seed, normal_per_sample, uniform_per_sample
 from ldbfr.training.codebook import CodebookHealth
 from ldbfr.training.losses import ReconstructionLoss, adaptive_weight, hinge_discriminator_loss, min_snr_weight
 
-CADENCE = ("checkpoint_every", "keep_checkpoints", "log_every", "images_every")
+CADENCE = ("checkpoint_every", "keep_checkpoints", "keep_best", "log_every", "images_every")
 """Settings that may differ between a run and its continuation."""
 
 Losses = dict[str, Tensor]
@@ -49,11 +49,13 @@ class Stage(nn.Module):
     `forward(objective, batch, step)` gives the losses of one objective; the entry "loss" is minimised, the others are
     logged. Everything in it is a mean over the batch, so that parts of a batch can be weighted by their sizes.
     `sections` are the parts of the preset, besides its own training settings, that decide what it learns.
+    `score` is the metric of the validation by which checkpoints are compared, and whether more is better.
     """
 
     name: ClassVar[str]
     sections: ClassVar[tuple[str, ...]]
     network_class: ClassVar[type[ModelMixin]]
+    score: ClassVar[tuple[str, Literal["max", "min"]]] = ("psnr", "max")
     upstream: ClassVar[tuple[str, ...]] = ()
     uses_lq: ClassVar[bool] = False
 
@@ -288,6 +290,8 @@ class DCVQRStage(Stage):
 class DiffusionStage(Stage):
     """What the two diffusion stages share: latents, noise, timesteps, and the noise error."""
 
+    score = ("noise_error", "min")
+
     def __init__(self, preset: Preset, latent_vqgan: ModelMixin) -> None:
         super().__init__(preset)
         self.latent_vqgan = cast(VQGAN, freeze(latent_vqgan))
@@ -435,6 +439,11 @@ STAGES: tuple[type[Stage], ...] = (HQVQGANStage, LatentVQGANStage, DCVQRStage, P
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
+def stage_class(name: str) -> type[Stage]:
+    """A stage's class by its name, one of `STAGE_NAMES`."""
+    return dict(zip(STAGE_NAMES, STAGES, strict=True))[name]
+
+
 def make_stage(name: str, preset: Preset, upstream: Mapping[str, ModelMixin]) -> Stage:
     """A stage by name, with the networks of the stages that it builds on.
 
@@ -445,7 +454,6 @@ def make_stage(name: str, preset: Preset, upstream: Mapping[str, ModelMixin]) ->
         preset: all settings.
         upstream: networks by stage name; those in the stage's `upstream` must be there.
     """
-    stage_class = dict(zip(STAGE_NAMES, STAGES, strict=True))[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(preset.training.seed, "weights", name))
-        return cast(Any, stage_class)(preset, upstream)
+        return cast(Any, stage_class(name))(preset, upstream)
