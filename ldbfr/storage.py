@@ -13,6 +13,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,10 @@ from urllib.parse import unquote
 from ldbfr.errors import StorageError
 
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".ldbfr-", ".tmp"
+_COPY_PIECE = 1 << 20
 _BODY_ATTEMPTS = 3  # botocore retries requests, but not a response that breaks off
+
+_timeout: ContextVar[float | None] = ContextVar("timeout", default=None)
 
 _LOCAL_REASONS = {
     errno.ENOENT: "there is no such file; check the path",
@@ -130,15 +134,17 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
 
 def read_range(uri: str, start: int, length: int) -> bytes:
     """`length` bytes of an object from byte `start` on; StorageError if the object ends before."""
+    if start < 0 or length < 0:
+        raise StorageError(f"{uri}: {length} bytes from byte {start} on asked for, expected no negative numbers")
     if is_local(uri):
         with _local_errors(uri, "read"), local_path(uri).open("rb") as file:
             file.seek(start)
             data = file.read(length)
     else:
         bucket, key = _object_location(uri)
-        wanted = f"bytes={start}-{start + length - 1}"
+        wanted = f"bytes={start}-{start + length - 1}" if length else None  # a range of none cannot be asked for
         with _s3(uri, "read") as client:
-            data = _read_s3_body(client, uri, bucket, key, None, wanted) if length else b""
+            data = _read_s3_body(client, uri, bucket, key, None, wanted) if wanted else b""
     if len(data) != length:
         raise StorageError(
             f"{uri}: bytes {start:,} to {start + length:,} asked for, but it ends before; "
@@ -149,36 +155,23 @@ def read_range(uri: str, start: int, length: int) -> bytes:
 
 def fetch_file(uri: str, target: Path) -> None:
     """Copy an object to a local file, in pieces; the file takes its name only when it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
-    try:
-        if is_local(uri):
-            with _local_errors(uri, "copy"):
-                shutil.copyfile(local_path(uri), partial)
-        else:
-            bucket, key = _object_location(uri)
-            with _s3(uri, "read") as client, _local_errors(str(target), "write"):
-                client.download_file(bucket, key, str(partial))
+    if is_local(uri):
+        _copy_local(local_path(uri), target)
+        return
+    bucket, key = _object_location(uri)
+    with _local_errors(str(target), "write"), _partial_beside(target) as partial:
+        with partial.open("xb") as file, _s3(uri, "read") as client:
+            client.download_fileobj(bucket, key, file)
         os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def put_file(source: Path, uri: str) -> None:
     """Create or replace an object from a local file, in pieces; a reader sees the old content or all of the new."""
     if is_local(uri):
-        target = local_path(uri)
-        with _local_errors(uri, "write"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
-            try:
-                shutil.copyfile(source, partial)
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
+        _copy_local(source, local_path(uri))
         return
     bucket, key = _object_location(uri)
-    with _s3(uri, "write") as client:
+    with _local_errors(str(source), "read"), _s3(uri, "write") as client:
         client.upload_file(str(source), bucket, key)
 
 
@@ -224,6 +217,19 @@ def delete(uri: str) -> None:
         client.delete_object(Bucket=bucket, Key=key)
 
 
+@contextmanager
+def impatient(seconds: float) -> Iterator[None]:
+    """Within it, this thread's S3 requests are not repeated and fail after so many seconds without an answer.
+
+    For who knows better what to do then: ordinarily, a request is repeated for up to minutes.
+    """
+    before = _timeout.set(seconds)
+    try:
+        yield
+    finally:
+        _timeout.reset(before)
+
+
 def _scheme(uri: str) -> str:
     """'' for a plain path, 'file' or 's3'."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
@@ -253,18 +259,36 @@ def _local_errors(uri: str, action: str) -> Iterator[None]:
 
 
 @contextmanager
-def _temporary_beside(target: Path, data: bytes) -> Iterator[Path]:
-    """A finished, synced file in the target's folder (so on the same file system); gone afterwards."""
+def _partial_beside(target: Path) -> Iterator[Path]:
+    """A name for an unfinished file in the target's folder (so on the same file system); gone afterwards."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
+    partial = target.parent / f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
     try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary_beside(target: Path, data: bytes) -> Iterator[Path]:
+    """A finished, synced file in the target's folder; gone afterwards."""
+    with _partial_beside(target) as temporary:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _copy_local(source: Path, target: Path) -> None:
+    with _local_errors(str(source), "read"):
+        data = source.open("rb")
+    with data, _local_errors(f"{source} to {target}", "copy"), _partial_beside(target) as partial:
+        with partial.open("xb") as file:
+            shutil.copyfileobj(data, file, _COPY_PIECE)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
 
 
 def _create_local(uri: str, data: bytes) -> bool:
@@ -331,16 +355,16 @@ def _object_location(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-@lru_cache(maxsize=1)
-def _s3_client(process: int) -> Any:
+@lru_cache(maxsize=4)
+def _s3_client(process: int, timeout: float | None = None) -> Any:
     """One client for all threads of a process; `process` is its id, since a fork must not share connections."""
     import boto3
     from botocore.config import Config
 
     config = Config(
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 5},
+        connect_timeout=timeout or 10,
+        read_timeout=timeout or 60,
+        retries={"mode": "standard", "total_max_attempts": 1 if timeout else 5},
         max_pool_connections=32,
     )
     return boto3.session.Session().client("s3", config=config)  # boto3's default session is not thread-safe
@@ -352,13 +376,17 @@ def _s3(uri: str, action: str) -> Iterator[Any]:
     try:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
+        from s3transfer import exceptions as transfer  # type: ignore[import-untyped]
     except ImportError as error:
         raise StorageError(f"cannot {action} {uri}: S3 needs boto3; pip install 'ldbfr[s3]'") from error
+    replaced = getattr(transfer, "S3DownloadFailedError", transfer.RetriesExceededError)  # older ones do not notice
     try:
-        yield _s3_client(os.getpid())
+        yield _s3_client(os.getpid(), _timeout.get())
     except Boto3Error as error:  # what moves a file in pieces wraps the failure of a piece
         cause = error.__cause__ or error.__context__ or error
         raise StorageError(f"cannot {action} {uri}: {_s3_reason(cause)}") from error
+    except (transfer.RetriesExceededError, replaced) as error:
+        raise StorageError(f"cannot {action} {uri}: {_s3_reason(getattr(error, 'last_exception', error))}") from error
     except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: an endpoint that is no URL
         raise StorageError(f"cannot {action} {uri}: {_s3_reason(error)}") from error
 

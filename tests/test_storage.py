@@ -2,18 +2,25 @@
 
 import builtins
 import os
+import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from ldbfr import storage
 from ldbfr.errors import StorageError
+from tests.faulty_proxy import FaultyProxy
+
+pytest_plugins = ["tests.faulty_proxy"]
 
 ODD_KEYS = (
     "plain.png",
@@ -187,6 +194,110 @@ def test_unknown_scheme(uri: str, act: Callable[[str], object]) -> None:
         act(uri)
 
 
+# ---- ranges and whole files ----
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 1000), (999, 1), (250, 500), (500, 0), (0, 0)])
+def test_a_range_is_that_part_of_the_whole(root: str, start: int, length: int) -> None:
+    uri = storage.join(root, "object")
+    data = bytes(value % 251 for value in range(1000))
+    storage.write_bytes(uri, data)
+    assert storage.read_range(uri, start, length) == data[start : start + length]
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1001), (999, 2), (1000, 1), (5000, 10)])
+def test_a_range_beyond_the_end_is_an_error(root: str, start: int, length: int) -> None:
+    uri = storage.join(root, "object")
+    storage.write_bytes(uri, bytes(1000))
+    with pytest.raises(StorageError, match=r"object.*ends before.*it was cut short or replaced"):
+        storage.read_range(uri, start, length)
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 5), (0, -1)])
+def test_a_range_counts_from_the_start(root: str, start: int, length: int) -> None:
+    uri = storage.join(root, "object")
+    storage.write_bytes(uri, bytes(1000))
+    with pytest.raises(StorageError, match=rf"{length} bytes from byte {start} on asked for"):
+        storage.read_range(uri, start, length)
+
+
+def test_a_range_of_nothing_is_an_error_that_names_it(root: str) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*absent: there is no such (file|object)"):
+        storage.read_range(storage.join(root, "absent"), 0, 10)
+
+
+@pytest.mark.parametrize("size", [0, 1, 20 << 20], ids=["empty", "a byte", "several pieces"])
+def test_a_file_comes_back_as_it_was_put(root: str, tmp_path: Path, size: int) -> None:
+    uri = storage.join(root, "deep/er/file")
+    source, target = tmp_path / "source", tmp_path / "fetched" / "here" / "target"
+    source.write_bytes(np.random.default_rng(size).bytes(size))
+    storage.put_file(source, uri)
+    storage.fetch_file(uri, target)
+    assert target.read_bytes() == source.read_bytes() == storage.read_bytes(uri)
+    assert [entry.key for entry in storage.list_objects(root)] == ["deep/er/file"]
+    assert list(target.parent.iterdir()) == [target]
+    source.write_bytes(b"the second")
+    storage.put_file(source, uri)
+    storage.fetch_file(uri, target)  # replaces what is there
+    assert target.read_bytes() == b"the second"
+
+
+def test_files_that_are_not_there(root: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(StorageError, match=r"cannot read .*absent: there is no such (file|object)"):
+        storage.fetch_file(storage.join(root, "absent"), target)
+    with pytest.raises(StorageError, match=rf"cannot read {tmp_path}/none: there is no such file"):
+        storage.put_file(tmp_path / "none", storage.join(root, "new"))
+    assert not target.exists()
+    assert not storage.exists(storage.join(root, "new"))
+
+
+def test_targets_that_cannot_be_written(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "object")
+    storage.write_bytes(uri, b"content")
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for target, reason in (
+        ("file/below", "a file stands where a folder is needed"),
+        ("folder", "this is a folder, expected a file"),
+    ):
+        with pytest.raises(StorageError, match=rf"cannot \w+ .*{tmp_path}/{target}: {reason}"):
+            storage.fetch_file(uri, tmp_path / target)
+    assert not any(path.name.startswith(".ldbfr") for path in tmp_path.rglob("*"))
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "object")
+    storage.write_bytes(uri, bytes(100_000))
+    target = tmp_path / "into" / "target"
+    target.parent.mkdir()
+    target.write_bytes(b"before")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=rf"cannot (write|copy) .*{target}: File too large"):
+            storage.fetch_file(uri, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert target.read_bytes() == b"before"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_readers_never_see_part_of_a_file_that_is_put(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "busy")
+    contents = [bytes([value]) * 500_000 for value in range(6)]
+    sources = [tmp_path / f"source-{number}" for number in range(6)]
+    for source, content in zip(sources, contents, strict=True):
+        source.write_bytes(content)
+    storage.put_file(sources[0], uri)
+    with ThreadPoolExecutor(2) as pool:
+        puts = pool.map(lambda source: storage.put_file(source, uri), sources)
+        for number in range(10):
+            storage.fetch_file(uri, tmp_path / f"target-{number}")
+            assert (tmp_path / f"target-{number}").read_bytes() in contents
+        list(puts)
+
+
 # ---- local files only ----
 
 
@@ -307,6 +418,100 @@ def test_missing_bucket() -> None:
         with pytest.raises(StorageError, match=rf"{uri}: there is no such bucket; create it, or check its name"):
             act(uri)
     assert not storage.exists(uri)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("size", [100_000, 20 << 20], ids=["one piece", "several pieces"])
+def test_files_get_through_a_bad_connection(faulty_s3: FaultyProxy, s3_root: str, tmp_path: Path, size: int) -> None:
+    uri, source, target = storage.join(s3_root, "file"), tmp_path / "source", tmp_path / "target"
+    source.write_bytes(np.random.default_rng(0).bytes(size))
+    faults = [
+        faulty_s3.cut_upload(50_000, times=2),
+        faulty_s3.fail(1, method="PUT", status=503),
+        faulty_s3.lose_answers(1, method="PUT"),
+        faulty_s3.cut_download(50_000, times=2),
+        faulty_s3.fail(1, method="GET"),
+    ]
+    storage.put_file(source, uri)
+    storage.fetch_file(uri, target)
+    assert target.read_bytes() == source.read_bytes()
+    assert storage.read_range(uri, 1000, 60_000) == source.read_bytes()[1000:61_000]
+    assert [fault.hits for fault in faults] == [2, 1, 1, 2, 1]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("size", [100_000, 20 << 20], ids=["one piece", "several pieces"])
+def test_connections_that_stay_bad_are_an_error_and_leave_nothing(
+    faulty_s3: FaultyProxy, s3_root: str, tmp_path: Path, size: int
+) -> None:
+    uri, new = storage.join(s3_root, "file"), storage.join(s3_root, "new")
+    source, target = tmp_path / "source", tmp_path / "into" / "target"
+    source.write_bytes(bytes(size))
+    storage.put_file(source, uri)
+    faulty_s3.cut_upload(50_000)
+    faulty_s3.cut_download(50_000)
+    with pytest.raises(StorageError, match=rf"cannot write {new}: the endpoint .* cannot be reached"):
+        storage.put_file(source, new)
+    with pytest.raises(StorageError, match=rf"cannot read {uri}: "):
+        storage.fetch_file(uri, target)
+    with pytest.raises(StorageError, match=rf"cannot read {uri}: "):
+        storage.read_range(uri, 0, 90_000)
+    faulty_s3.clear()
+    for status, reason in ((403, "access denied; check the credentials"), (500, "500")):
+        faulty_s3.fail(status=status)
+        with pytest.raises(StorageError, match=rf"cannot write {new}: .*{reason}"):
+            storage.put_file(source, new)
+        with pytest.raises(StorageError, match=rf"cannot read {uri}: .*{reason}"):
+            storage.fetch_file(uri, target)
+        faulty_s3.clear()
+    assert not storage.exists(new)
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.s3
+def test_an_object_that_is_replaced_while_it_is_fetched_is_not_mixed(
+    faulty_s3: FaultyProxy, s3_root: str, tmp_path: Path
+) -> None:
+    """Its pieces are fetched one by one."""
+    uri = storage.join(s3_root, "file")
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"1" * (20 << 20))
+    storage.put_file(source, uri)
+    source.write_bytes(b"2" * (20 << 20))
+    original, turns = faulty_s3.strike, iter([False, False, True])  # after the size and a piece
+
+    def strike(method: str, path: str) -> Any:
+        if method == "GET" and next(turns, False):
+            boto3 = pytest.importorskip("boto3")
+            bucket, key = uri.removeprefix("s3://").split("/", 1)
+            direct = boto3.client("s3", endpoint_url=f"http://{faulty_s3.upstream}")
+            direct.upload_file(str(source), bucket, key)
+        return original(method, path)
+
+    faulty_s3.strike = strike  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match=rf"cannot read {uri}: .*did not match"):
+        storage.fetch_file(uri, target)
+    assert list(tmp_path.iterdir()) == [source]
+    storage.fetch_file(uri, target)
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.s3
+def test_the_impatient_do_not_wait(faulty_s3: FaultyProxy, s3_root: str) -> None:
+    uri = storage.join(s3_root, "object")
+    storage.write_bytes(uri, b"content")
+    fault = faulty_s3.hang(method="GET")
+    started = time.monotonic()
+    with storage.impatient(0.3), pytest.raises(StorageError, match=rf"cannot read {uri}: .* cannot be reached"):
+        storage.read_bytes(uri)
+    assert time.monotonic() - started < 5
+    faulty_s3.clear()
+    fault = faulty_s3.fail(4, method="GET")
+    with storage.impatient(5), pytest.raises(StorageError, match="500"):
+        storage.read_bytes(uri)
+    assert fault.hits == 1
+    assert storage.read_bytes(uri) == b"content"  # as patient as ever
+    assert fault.hits == 4
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3://bucket/folder/"])
