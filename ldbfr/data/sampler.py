@@ -6,14 +6,15 @@ or shrank, sees exactly the data of an undisturbed one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldbfr.data.index import FaceImages
+from ldbfr.data.index import Faces, Latents
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.images import to_float
 from ldbfr.seeds import derive_seed
@@ -23,14 +24,17 @@ from ldbfr.seeds import derive_seed
 class Batch:
     """One worker's part of a global batch.
 
-    `hq`, `lq` (b, 3, S, S) float in [-1, 1], `lq` only where the stage asks for it; `indices` (b,) into the data set;
-    `flips` (b,) bool; `seeds` (b,) int64, one for every sample, from which its noise and timestep are drawn.
+    `hq`, `lq` (b, 3, S, S) float in [-1, 1], `lq` only where the stage asks for it; `latents` (b, c, S/F, S/F), the
+    frozen z_0, only where they are prepared; `indices` (b,) into the data set; `flips` (b,) bool; `places` (b,) in
+    the global batch; `seeds` (b,) int64, one for every sample, from which its noise and timestep are drawn.
     """
 
     hq: Tensor
     lq: Tensor | None
+    latents: Tensor | None
     indices: Tensor
     flips: Tensor
+    places: Tensor
     seeds: Tensor
 
     def __len__(self) -> int:
@@ -38,23 +42,27 @@ class Batch:
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Batch:
         """The same batch with its images on a device."""
-        hq = self.hq.to(device, non_blocking=True, memory_format=memory_format)
-        lq = None if self.lq is None else self.lq.to(device, non_blocking=True, memory_format=memory_format)
-        return Batch(hq, lq, self.indices, self.flips, self.seeds)
+
+        def moved(images: Tensor) -> Tensor:
+            return images.to(device, non_blocking=True, memory_format=memory_format)
+
+        return self.map(moved)
 
     def split(self, parts: int) -> list[Batch]:
         """Up to `parts` micro-batches in order, sizes at most one apart, none empty."""
         chunks = [chunk for chunk in torch.arange(len(self)).tensor_split(parts) if len(chunk)]
-        return [
-            Batch(
-                self.hq[chunk],
-                None if self.lq is None else self.lq[chunk],
-                self.indices[chunk],
-                self.flips[chunk],
-                self.seeds[chunk],
-            )
-            for chunk in chunks
-        ]
+        return [self.take(chunk) for chunk in chunks]
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some samples of the batch, by their numbers in it."""
+        part = self.map(partial(torch.index_select, dim=0, index=rows.to(self.hq.device)))
+        labels = {key: getattr(self, key)[rows] for key in ("indices", "flips", "places", "seeds")}
+        return replace(part, **labels)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor of images or latents changed."""
+        optional = [None if tensor is None else change(tensor) for tensor in (self.lq, self.latents)]
+        return replace(self, hq=change(self.hq), lq=optional[0], latents=optional[1])
 
 
 @lru_cache(maxsize=4)
@@ -87,14 +95,16 @@ class BatchSampler:
         stage: its name.
         flip: mirror every second image on average.
         profile: degradation profile that `lq` is drawn from; None leaves `lq` out.
+        latents: the frozen latents of `images`, if there are any.
     """
 
-    images: FaceImages
+    images: Faces
     batch_size: int
     seed: int
     stage: str
     flip: bool
     profile: str | None
+    latents: Latents | None = None
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The part of the step's global batch that falls to a worker."""
@@ -103,7 +113,7 @@ class BatchSampler:
         indices = global_indices(len(self.images), self.batch_size, seed, step)[part]
         positions = range(self.batch_size)[part]
         flips = np.array([self.flip and derive_seed(seed, "flip", step, p) % 2 == 1 for p in positions], dtype=bool)
-        hq = self.images.pixels[indices].copy()
+        hq = self.images.read(indices)
         hq[flips] = hq[flips, :, ::-1]
         lq = None
         if self.profile is not None:
@@ -117,7 +127,14 @@ class BatchSampler:
         return Batch(
             hq=to_float(hq),
             lq=None if lq is None else to_float(lq),
+            latents=None if self.latents is None else torch.from_numpy(self.latents.read(indices, flips)),
             indices=torch.from_numpy(indices),
             flips=torch.from_numpy(flips),
+            places=torch.tensor(positions),
             seeds=torch.tensor([derive_seed(seed, "sample", step, p) for p in positions]),
         )
+
+    def names(self, step: int) -> list[str]:
+        """The images of a step's global batch, by name."""
+        seed = derive_seed(self.seed, self.stage)
+        return [self.images.names[i] for i in global_indices(len(self.images), self.batch_size, seed, step)]
