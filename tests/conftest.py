@@ -16,6 +16,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",  # otherwise a local cluster writes a token into the home folder
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_worker_niceness="0",  # by itself 15: on a busy machine the tests would starve
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",

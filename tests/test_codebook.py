@@ -4,15 +4,21 @@ import pytest
 import torch
 
 from ldbfr.models.vqgan import Codebook
-from ldbfr.training.codebook import CodebookHealth
+from ldbfr.training.codebook import CodebookHealth, draw_features
 from tests import tiny
 
 K, C = 12, 4
 
 
+def alone(values: torch.Tensor) -> torch.Tensor:
+    """The sum over one worker."""
+    return values
+
+
 def observed(*indices: int) -> CodebookHealth:
     health = CodebookHealth(K)
     health.observe(torch.tensor(indices).view(1, 1, -1))
+    health.settle(alone)
     return health
 
 
@@ -33,6 +39,7 @@ def test_perplexity_is_the_exponential_of_the_entropy() -> None:
 def test_counts_add_up_over_batches() -> None:
     health = observed(1, 1, 2)
     health.observe(torch.tensor([[[2, 11]], [[2, 0]]]))
+    health.settle(alone)
     expected = torch.zeros(K, dtype=torch.float64)
     expected[[0, 1, 2, 11]] = torch.tensor([1, 2, 3, 1], dtype=torch.float64)
     assert torch.equal(health.counts, expected)
@@ -45,7 +52,8 @@ def revived(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, in
         codebook = Codebook(K, C)
     before, features = codebook.codes.detach().clone(), tiny.normal(2, C, 3, 3)
     health = observed(0, 0, 5, 7)
-    moved = health.revive(codebook, features, seed)
+    drawn = draw_features([(features, torch.arange(2))], int(health.dead().sum()), 2, seed, alone)
+    moved = health.revive(codebook, drawn)
     assert health.counts.sum() == 0
     return before, codebook.codes.detach().clone(), features, moved
 
@@ -69,7 +77,8 @@ def test_a_codebook_in_full_use_stays_as_it_is() -> None:
     with tiny.seeded():
         codebook = Codebook(K, C)
     before = codebook.codes.detach().clone()
-    assert observed(*range(K)).revive(codebook, tiny.normal(1, C, 2, 2), 0) == 0
+    drawn = draw_features([(tiny.normal(1, C, 2, 2), torch.arange(1))], 0, 1, 0, alone)
+    assert observed(*range(K)).revive(codebook, drawn) == 0
     assert torch.equal(codebook.codes, before)
 
 
@@ -77,3 +86,24 @@ def test_the_counts_are_part_of_the_state_so_that_a_resumed_run_revives_the_same
     health, other = observed(1, 2, 2), CodebookHealth(K)
     other.load_state_dict(health.state_dict())
     assert torch.equal(other.counts, health.counts)
+
+
+def test_counts_of_several_workers_are_summed_once() -> None:
+    one, other = CodebookHealth(K), CodebookHealth(K)
+    one.observe(torch.tensor([[[1, 1]]]))
+    other.observe(torch.tensor([[[1, 4]]]))
+    together = one.pending + other.pending
+    for health in (one, other):
+        health.settle(lambda _: together)
+        health.settle(lambda pending: pending)  # nothing is pending any more
+        assert health.counts[[1, 4]].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("cuts", [(2,), (1, 4), (1, 2, 3, 4)])
+def test_features_drawn_from_a_divided_batch_are_those_of_the_whole(cuts: tuple[int, ...]) -> None:
+    features, places = tiny.normal(5, C, 2, 3), torch.arange(5)
+    whole = draw_features([(features, places)], 20, 5, 7, alone)
+    halves = list(zip(features.tensor_split(cuts), places.tensor_split(cuts), strict=True))
+    assert torch.equal(draw_features(halves, 20, 5, 7, alone), whole)
+    workers = [draw_features([half], 20, 5, 7, alone) for half in halves]
+    assert torch.equal(torch.stack(workers).sum(dim=0), whole)

@@ -16,6 +16,7 @@ from ldbfr.training.losses import (
     adaptive_weight,
     gradient_difference,
     hinge_discriminator_loss,
+    last_layer_gradients,
     min_snr_weight,
 )
 from tests import tiny
@@ -60,7 +61,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradient_norms() -> None:
     residual = (layer @ inputs - target).detach()
     rec = (2 * residual @ inputs.T / residual.numel()).norm()
     adv = (torch.full((4, 10), -1 / 40) @ inputs.T).norm()
-    weight = adaptive_weight(reconstruction, adversarial, layer)
+    weight = adaptive_weight(last_layer_gradients(reconstruction, adversarial, layer))
     assert weight.item() == pytest.approx((rec / (adv + 1e-4)).item(), rel=1e-4)
     assert not weight.requires_grad
     (reconstruction + weight * adversarial).backward()  # both graphs are still there
@@ -68,7 +69,8 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradient_norms() -> None:
 
 def test_the_adaptive_weight_is_bounded_where_the_adversarial_gradient_vanishes() -> None:
     layer = nn.Parameter(torch.ones(1))
-    assert adaptive_weight(1e9 * layer.sum(), 0 * layer.sum(), layer).item() == 1e4
+    gradients = last_layer_gradients(1e9 * layer.sum(), 0 * layer.sum(), layer)
+    assert adaptive_weight(gradients).item() == 1e4
 
 
 def test_the_min_snr_weight_is_its_formula() -> None:

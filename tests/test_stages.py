@@ -1,5 +1,6 @@
 """The five stages: each learns one batch by heart, leaves what is frozen alone, and draws from the samples' seeds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from ldbfr.data.sampler import Batch, BatchSampler
 from ldbfr.models.dc_vqr import DCVQRModel
+from ldbfr.training.latents import encode_all
 from ldbfr.training.losses import min_snr_weight
-from ldbfr.training.stages import STAGE_NAMES, encode_all, make_stage
+from ldbfr.training.stages import STAGE_NAMES, make_stage
 from tests import tiny
 
 NO_GAN = "training.hq_vqgan.reconstruction.adversarial=0"
@@ -112,7 +114,8 @@ def test_what_is_frozen_stays_bit_for_bit_and_what_is_trained_moves(
 
 def test_dc_vqr_s_averaged_network_has_the_hq_vqgan_s_codebook_and_decoder(tmp_path: Path) -> None:
     trainer = tiny.new_trainer(tmp_path, "dc_vqr")
-    saved = DCVQRModel.from_pretrained(trainer.train() / "ema", low_cpu_mem_usage=False)
+    checkpoint = Path(trainer.store.uri_of(trainer.train()))
+    saved = DCVQRModel.from_pretrained(checkpoint / "ema", low_cpu_mem_usage=False)
     original = tiny.networks()["hq_vqgan"]
     for part in ("quantize", "post_quant_conv", "decoder"):
         own = tiny.snapshot(saved.get_submodule(part))
@@ -129,7 +132,7 @@ def gradients(folder: Path, name: str, batch: Batch, parts: int) -> dict[str, Te
         for parameter in trainer.groups["generator"]:
             parameter.add_(0.02 * tiny.normal(*parameter.shape))
     for part in batch.split(parts):
-        trainer.backward("generator", part, len(part) / len(batch))
+        trainer.backward("generator", part, len(part) / len(batch), last=True)
     return {key: p.grad for key, p in trainer.stage.named_parameters() if p.grad is not None}
 
 
@@ -143,6 +146,23 @@ def test_a_batch_in_any_parts_has_the_same_gradient(tmp_path: Path, name: str) -
         split = gradients(tmp_path, name, batch, parts)
         assert split.keys() == whole.keys()
         assert all((split[key] - whole[key]).abs().max() < 1e-5 * max(1, scale) for key in whole)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_with_a_discriminator_too_the_losses_are_those_of_the_whole_batch(tmp_path: Path, parts: int) -> None:
+    """The adaptive weight, and the features that revive dead codes, belong to the batch and not to its parts."""
+    histories = []
+    for number in (1, parts):
+        start = "training.hq_vqgan.reconstruction.discriminator_start=0"
+        overrides = (start, f"training.hq_vqgan.gradient_accumulation={number}", "training.hq_vqgan.revive_every=1")
+        worker = tiny.Worker()
+        tiny.new_trainer(tmp_path / str(number), "hq_vqgan", *overrides, runtime=worker).train()
+        assert worker.reports[0]["revived_codes"] > 0
+        histories.append(worker.reports)
+    for one, other in zip(*histories, strict=True):
+        assert one.keys() == other.keys()
+        assert other["adversarial"] != 0
+        assert all(other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5) for key in one)
 
 
 def test_accumulation_leads_to_the_same_weights(tmp_path: Path) -> None:
@@ -165,7 +185,7 @@ def test_noise_and_timesteps_depend_on_the_samples_own_seeds_alone() -> None:
     stage, batch = tiny.new_stage("prior"), batch_of("prior")
     noisy, timesteps, noise = stage.noisy(batch)
     order = torch.tensor([2, 0])
-    part = Batch(batch.hq[order], None, batch.indices[order], batch.flips[order], batch.seeds[order])
+    part = batch.take(order)
     torch.rand(5)  # somebody else draws from the global generator
     noisy_part, timesteps_part, noise_part = stage.noisy(part)
     assert torch.equal(timesteps_part, timesteps[order])
@@ -176,7 +196,8 @@ def test_noise_and_timesteps_depend_on_the_samples_own_seeds_alone() -> None:
 def many_seeds(count: int) -> Batch:
     face = tiny.lq_batch(1).expand(count, 3, 32, 32)
     zeros = torch.zeros(count, dtype=torch.long)
-    return Batch(face, None, zeros, zeros.bool(), torch.arange(count))
+    numbers = torch.arange(count)
+    return Batch(face, None, None, zeros, zeros.bool(), numbers, numbers)
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -227,19 +248,21 @@ def test_cached_latents_are_those_of_the_flipped_images() -> None:
     stage, batch = tiny.new_stage("prior"), batch_of("prior", 16)
     assert stage.settings.cache_latents
     direct = stage.latents(batch)
-    stage.prepare(tiny.face_images(), torch.device("cpu"))
+    latents = stage.prepare(tiny.face_images(), torch.device("cpu"), {})
+    assert latents is not None
     assert batch.flips.any()
-    assert torch.allclose(stage.latents(batch), direct, atol=1e-4)
+    cached = replace(batch, latents=torch.from_numpy(latents.read(batch.indices, batch.flips)))
+    assert torch.allclose(stage.latents(cached), direct, atol=1e-4)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
 def test_the_condition_is_dropped_for_as_many_samples_as_asked(dropout: float) -> None:
     stage = tiny.new_stage("enhancer", f"training.enhancer.condition_dropout={dropout}")
     many = many_seeds(200)
-    batch = Batch(many.hq, many.hq, many.indices, many.flips, many.seeds)
+    batch = replace(many, lq=many.hq)
     dropped = (stage.hq_features(batch) == 0).flatten(1).all(dim=1)
     assert dropped.float().mean().item() == pytest.approx(dropout, abs=0.12)
-    alone = Batch(*(getattr(batch, key)[7:8] for key in ("hq", "lq", "indices", "flips", "seeds")))
+    alone = batch.take(torch.tensor([7]))
     assert (stage.hq_features(alone) == 0).all().item() == dropped[7].item()
 
 
@@ -248,7 +271,7 @@ def test_the_scaling_factor_gives_latents_of_deviation_one() -> None:
     device = torch.device("cpu")
     for _ in range(2):  # measuring it again changes nothing
         stage.finish(images, device)
-        assert encode_all(stage.vqgan, images.pixels, device).std().item() == pytest.approx(1, rel=1e-4)
+        assert encode_all(stage.vqgan, images, device, range(len(images))).std().item() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", STAGE_NAMES)

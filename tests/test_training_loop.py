@@ -37,6 +37,20 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
+def folder_of(trainer: Trainer) -> Path:
+    """RUN/<stage>."""
+    return Path(trainer.stage_uri)
+
+
+def trained(trainer: Trainer) -> Path:
+    """Train, and give the newest checkpoint."""
+    step = trainer.train()
+    checkpoint = latest_checkpoint(folder_of(trainer))
+    assert checkpoint is not None
+    assert read_state(checkpoint)["step"] == step
+    return checkpoint
+
+
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     wrong = [
@@ -53,12 +67,12 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", STAGE_NAMES)
 def test_four_steps_are_two_a_stop_and_two_more_bit_for_bit(tmp_path: Path, name: str) -> None:
     through = tiny.new_trainer(tmp_path / "through", name)
-    whole = through.train()
+    whole = trained(through)
 
     stopped = tiny.new_trainer(tmp_path / "halves", name, runtime=Worker(stop_after=2))
-    assert read_state(stopped.train())["step"] == 2
+    assert stopped.train() == 2
     resumed = tiny.new_trainer(tmp_path / "halves", name, noise_seed=2)  # all that counts is in the checkpoint
-    halves = resumed.train()
+    halves = trained(resumed)
 
     assert (through.step, stopped.step, resumed.step) == (4, 2, 4)
     assert_same(state_of(through), state_of(resumed))
@@ -69,20 +83,20 @@ def test_four_steps_are_two_a_stop_and_two_more_bit_for_bit(tmp_path: Path, name
 
 def test_a_stop_between_checkpoints_leaves_one_of_its_own(tmp_path: Path) -> None:
     trainer = tiny.new_trainer(tmp_path, "prior", runtime=Worker(stop_after=1))
-    assert trainer.train().name == "step-00000001"
+    assert trainer.train() == 1
     resumed = tiny.new_trainer(tmp_path, "prior")
-    assert resumed.train().name == "step-00000004"
+    assert resumed.train() == 4
     through = tiny.new_trainer(tmp_path / "through", "prior")
     through.train()
     assert_same(state_of(through), state_of(resumed))
 
 
 def test_a_finished_run_that_is_run_again_does_nothing(tmp_path: Path) -> None:
-    checkpoint = tiny.new_trainer(tmp_path, "prior").train()
+    tiny.new_trainer(tmp_path, "prior").train()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     worker = Worker()
     again = tiny.new_trainer(tmp_path, "prior", runtime=worker)
-    assert again.train() == checkpoint
+    assert again.train() == 4
     assert worker.reports == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -129,16 +143,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     through = tiny.new_trainer(tmp_path, "prior")
-    newest = through.train()
+    newest = trained(through)
     file = newest / "network" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     again = tiny.new_trainer(tmp_path, "prior", noise_seed=3)
     with caplog.at_level(logging.WARNING):
-        checkpoint = again.resume()
-    assert checkpoint is not None
-    assert read_state(checkpoint)["step"] == 2
+        again.resume()
+    assert again.step == 2
     assert str(file) in caplog.text
-    assert again.train().name == "step-00000004"
+    assert again.train() == 4
     assert_same(state_of(through), state_of(again))
     read_manifest(newest)
 
@@ -147,8 +160,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     overrides = [f"training.prior.{key}" for key in ("steps=6", "checkpoint_every=1", "keep_checkpoints=2")]
     trainer = tiny.new_trainer(tmp_path, "prior", *overrides)
     trainer.train()
-    assert [folder.name for folder in checkpoint_folders(trainer.folder)] == ["step-00000006", "step-00000005"]
-    assert sorted(path.name for path in (trainer.folder / "checkpoints").iterdir()) == [
+    assert [folder.name for folder in checkpoint_folders(folder_of(trainer))] == ["step-00000006", "step-00000005"]
+    assert sorted(path.name for path in (folder_of(trainer) / "checkpoints").iterdir()) == [
         "step-00000005",
         "step-00000006",
     ]
@@ -165,8 +178,7 @@ def test_workers_gradients_averaged_are_the_gradient_of_one(tmp_path: Path, name
     def gradient(rank: int, size: int) -> Tensor:
         trainer = tiny.new_trainer(tmp_path, name, PLAIN, runtime=Worker(rank, size))
         batch = trainer.sampler.batch(0, rank, size)
-        trainer.stage.prepare(trainer.images, trainer.runtime.device)
-        trainer.backward("generator", batch, len(batch) / trainer.settings.batch_size)
+        trainer.backward("generator", batch, len(batch) / trainer.settings.batch_size, last=True)
         return torch.cat([(p.grad if p.grad is not None else 0 * p).flatten() for p in trainer.groups["generator"]])
 
     alone = gradient(0, 1)
@@ -176,10 +188,10 @@ def test_workers_gradients_averaged_are_the_gradient_of_one(tmp_path: Path, name
 
 
 def test_the_workers_losses_add_up_to_those_of_one(tmp_path: Path) -> None:
-    """`reduce` gives the mean over workers times their number: here of three workers' uneven shares."""
+    """What is summed over the workers is each one's share: here of three uneven ones."""
 
     class OneOfThree(Worker):
-        def mean(self, values: Tensor) -> Tensor:
+        def sum(self, values: Tensor) -> Tensor:
             shares.append(values)
             return values
 
@@ -230,8 +242,8 @@ def test_the_averaged_weights_follow_the_law_of_ema(tmp_path: Path, name: str) -
     """shadow ← d shadow + (1 - d) θ with d = min(decay, 1 - k^(-2/3)) at the k-th step; also while a GAN is trained."""
 
     class Watching(Worker):
-        def report(self, metrics: dict[str, float]) -> None:
-            super().report(metrics)
+        def report(self, step: int, metrics: dict[str, float]) -> None:
+            super().report(step, metrics)
             seen.append([p.detach().clone() for p in trainer.groups["generator"]])
 
     seen: list[list[Tensor]] = []
@@ -250,15 +262,15 @@ def test_the_averaged_weights_follow_the_law_of_ema(tmp_path: Path, name: str) -
 
 def test_a_checkpoint_holds_the_network_as_trained_and_averaged(tmp_path: Path) -> None:
     trainer = tiny.new_trainer(tmp_path, "prior")
-    checkpoint = trainer.train()
-    trained, averaged = (
+    checkpoint = trained(trainer)
+    as_trained, averaged = (
         dict(PriorStage.network_class.from_pretrained(checkpoint / part, low_cpu_mem_usage=False).named_parameters())
         for part in ("network", "ema")
     )
     for (name, parameter), shadow in zip(
         trainer.stage.network.named_parameters(), trainer.ema.shadow_params, strict=True
     ):
-        assert torch.equal(trained[name], parameter)
+        assert torch.equal(as_trained[name], parameter)
         assert torch.equal(averaged[name], shadow)
 
 
@@ -304,11 +316,11 @@ def test_what_is_no_number_stops_training_before_it_reaches_the_weights(tmp_path
     with pytest.raises(TrainingError, match=rf"stage prior, step 3: .*{what}.* is not finite.*learning_rate"):
         trainer.train()
     assert all(p.isfinite().all() for p in trainer.stage.network.parameters())
-    checkpoint = latest_checkpoint(trainer.folder)
+    checkpoint = latest_checkpoint(folder_of(trainer))
     assert checkpoint is not None
     assert read_state(checkpoint)["step"] == 2
     healthy = tiny.new_trainer(tmp_path, "prior")
-    assert healthy.train().name == "step-00000004"
+    assert healthy.train() == 4
 
 
 # ------------------------------------------------------------------------------------------------------ the whole run
@@ -340,7 +352,8 @@ def test_five_stages_follow_each_other_and_are_passed_by_when_finished(finished:
 def test_later_stages_stand_on_the_averaged_networks_of_the_earlier(finished: Path) -> None:
     for name, upstream in (("dc_vqr", ["hq_vqgan"]), ("enhancer", ["latent_vqgan", "dc_vqr", "prior"])):
         state = read_state(finished / name / "checkpoints" / "step-00000004")
-        assert state["upstream"] == {key: load_stage_network(finished, key, tiny.preset())[1] for key in upstream}
+        digests = {key: load_stage_network(finished, key, tiny.preset())[1] for key in upstream}
+        assert state["upstream"] == digests | {"data": tiny.face_images().digest}
 
 
 def test_the_latents_of_a_finished_run_have_deviation_one(finished: Path) -> None:
@@ -377,7 +390,7 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path: Path) -> None
 def test_a_stage_starts_from_given_weights(finished: Path, tmp_path: Path) -> None:
     faces, given = tiny.face_images(), finished / "latent_vqgan" / "checkpoints" / "step-00000004" / "ema"
     still = tiny.preset("training.latent_vqgan.learning_rate=1e-30", "training.latent_vqgan.revive_until=0")
-    assert train_run(still, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init=given)
+    assert train_run(still, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init={"latent_vqgan": given})
     before, after = (
         load_stage_network(run, "latent_vqgan", settings)[0]
         for run, settings in ((finished, tiny.preset()), (tmp_path, still))
@@ -385,18 +398,26 @@ def test_a_stage_starts_from_given_weights(finished: Path, tmp_path: Path) -> No
     assert tiny.differing(tiny.snapshot(before), tiny.snapshot(after)) == []
     other = finished / "latent_vqgan" / "checkpoints" / "step-00000002" / "ema"
     with pytest.raises(WeightsError, match=r"upstream init"):
-        train_run(still, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init=other)
+        train_run(still, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init={"latent_vqgan": other})
 
 
 def test_weights_to_start_from_that_do_not_fit_are_refused(finished: Path, tmp_path: Path) -> None:
     faces, given = tiny.face_images(), finished / "latent_vqgan" / "checkpoints" / "step-00000004" / "ema"
     wider = tiny.preset("latent_vqgan.num_codes=32")
     with pytest.raises(WeightsError, match=r"does not fit stage latent_vqgan"):
-        train_run(wider, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init=given)
+        train_run(wider, ["latent_vqgan"], faces, faces, tmp_path, Worker(), init={"latent_vqgan": given})
     with pytest.raises(WeightsError, match="nowhere"):
-        train_run(tiny.preset(), ["latent_vqgan"], faces, faces, tmp_path, Worker(), init=tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="--stage"):
-        train_run(tiny.preset(), STAGE_NAMES, faces, faces, tmp_path, Worker(), init=given)
+        train_run(
+            tiny.preset(),
+            ["latent_vqgan"],
+            faces,
+            faces,
+            tmp_path,
+            Worker(),
+            init={"latent_vqgan": tmp_path / "nowhere"},
+        )
+    with pytest.raises(ConfigError, match="stage latent_vqgan is not trained by this command"):
+        train_run(tiny.preset(), ["prior"], faces, faces, tmp_path, Worker(), init={"latent_vqgan": given})
 
 
 def test_a_refused_command_leaves_the_run_s_preset_as_it_was(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ldbfr.models.hq_injection import Injection
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.training.loop import Trainer
+from ldbfr.training.runtime import Request
 from ldbfr.training.stages import Stage, make_stage
 
 SIDE = 32
@@ -200,19 +201,31 @@ def new_trainer(
 class Worker:
     """A runtime (`ldbfr.training.runtime.Runtime`) for tests: one worker of several, which stops after some steps."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, stop_after: int | None = None) -> None:
-        self.rank, self.world_size, self.stop_after = rank, world_size, stop_after
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, stop_after: int | None = None, save_after: int | None = None
+    ) -> None:
+        self.rank, self.world_size, self.stop_after, self.save_after = rank, world_size, stop_after, save_after
         self.device = torch.device("cpu")
         self.reports: list[dict[str, float]] = []
+        self.checkpoints: list[int] = []
+        self.closed = False
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module
 
-    def mean(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         return values
 
-    def report(self, metrics: dict[str, float]) -> None:
+    def report(self, step: int, metrics: dict[str, float]) -> None:
         self.reports.append(metrics)
 
-    def should_stop(self) -> bool:
-        return self.stop_after is not None and len(self.reports) >= self.stop_after
+    def request(self, step: int) -> Request:
+        if self.stop_after is not None and len(self.reports) >= self.stop_after:
+            return Request.STOP
+        return Request.SAVE if self.save_after == len(self.reports) else Request.NONE
+
+    def saved(self, step: int) -> None:
+        self.checkpoints.append(step)
+
+    def close(self) -> None:
+        self.closed = True

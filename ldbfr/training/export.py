@@ -14,6 +14,7 @@ from ldbfr.models.dc_vqr import DCVQRModel
 from ldbfr.models.dqe import DQEUNet2DModel
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.pipeline import LDBFRPipeline
+from ldbfr.storage import exists, join, read_bytes
 from ldbfr.training.run import load_stage_network
 from ldbfr.weights import PRESET_FILE
 
@@ -21,23 +22,23 @@ SHARD_SIZE = "15MB"
 """Largest file of exported weights, so that they fit where single files are limited."""
 
 
-def read_run_preset(run: Path) -> Preset:
+def read_run_preset(run: str | Path) -> Preset:
     """The resolved settings that a run was trained with.
 
     Raises:
         WeightsError: the folder is no run.
     """
-    path = run / PRESET_FILE
-    if not path.is_file():
+    uri = join(str(run), PRESET_FILE)
+    if not exists(uri):
         raise WeightsError(f"{run} is no training run: it has no {PRESET_FILE}; give the --run folder of `ldbfr train`")
-    return parse_preset(json.loads(path.read_text("utf-8")), str(path))
+    return parse_preset(json.loads(read_bytes(uri)), uri)
 
 
-def assemble(run: Path, sampling: SamplingSettings | None = None) -> LDBFRPipeline:
+def assemble(run: str | Path, sampling: SamplingSettings | None = None) -> LDBFRPipeline:
     """The pipeline of a run whose `latent_vqgan`, `dc_vqr` and `enhancer` are finished, in float32.
 
     Args:
-        run: the run's folder.
+        run: the run's folder or s3:// prefix.
         sampling: default settings of the sampling, if other than the preset's.
 
     Raises:
@@ -55,11 +56,13 @@ def assemble(run: Path, sampling: SamplingSettings | None = None) -> LDBFRPipeli
     )
 
 
-def export(run: Path, folder: Path, dtype: torch.dtype, sampling: SamplingSettings | None = None) -> LDBFRPipeline:
+def export(
+    run: str | Path, folder: Path, dtype: torch.dtype, sampling: SamplingSettings | None = None
+) -> LDBFRPipeline:
     """Write the weights of a finished run, see `assemble`.
 
     Args:
-        run: the run's folder.
+        run: the run's folder or s3:// prefix.
         folder: a new or empty folder.
         dtype: precision on disk.
         sampling: default settings of the sampling, if other than the preset's.

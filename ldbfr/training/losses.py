@@ -32,11 +32,18 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|∇ reconstruction| / |∇ adversarial| at the decoder's last layer (Taming Transformers, equation (7)), ≤ 10⁴."""
-    (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (rec.norm() / (adv.norm() + 1e-4)).clamp(0, 1e4).detach()
+def last_layer_gradients(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """∇ reconstruction and ∇ adversarial at the decoder's last layer, flat: (2, number of its weights)."""
+    gradients = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].flatten() for loss in (reconstruction, adversarial)
+    ]
+    return torch.stack(gradients).detach()
+
+
+def adaptive_weight(gradients: Tensor) -> Tensor:
+    """|∇ reconstruction| / |∇ adversarial| (Taming Transformers, equation (7)), ≤ 10⁴, see `last_layer_gradients`."""
+    reconstruction, adversarial = gradients.norm(dim=1)
+    return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
 
 
 def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float) -> Tensor:

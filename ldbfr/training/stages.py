@@ -14,8 +14,8 @@ logging and checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,109 +24,24 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from ldbfr.config import DiffusionStageSettings, Preset, StageSettings, VQStageSettings
-from ldbfr.data.index import FaceImages
+from ldbfr.config import DiffusionStageSettings, Preset, VQStageSettings
+from ldbfr.data.index import Faces, Latents
 from ldbfr.data.sampler import Batch
-from ldbfr.images import to_float
 from ldbfr.models.dc_vqr import DCVQRModel
 from ldbfr.models.dqe import DQEUNet2DModel, make_unet
 from ldbfr.models.vqgan import VQGAN, PatchDiscriminator
 from ldbfr.schedules import noise_schedule
 from ldbfr.seeds import derive_seed, normal_per_sample, uniform_per_sample
-from ldbfr.training.codebook import CodebookHealth
-from ldbfr.training.losses import ReconstructionLoss, adaptive_weight, hinge_discriminator_loss, min_snr_weight
-
-CADENCE = ("checkpoint_every", "keep_checkpoints", "keep_best", "log_every", "images_every")
-"""Settings that may differ between a run and its continuation."""
-
-Losses = dict[str, Tensor]
-Networks = dict[str, ModelMixin]
-
-
-class Stage(nn.Module):
-    """What a stage is to the loop.
-
-    `forward(objective, batch, step)` gives the losses of one objective; the entry "loss" is minimised, the others are
-    logged. Everything in it is a mean over the batch, so that parts of a batch can be weighted by their sizes.
-    `sections` are the parts of the preset, besides its own training settings, that decide what it learns.
-    `score` is the metric of the validation by which checkpoints are compared, and whether more is better.
-    """
-
-    name: ClassVar[str]
-    sections: ClassVar[tuple[str, ...]]
-    network_class: ClassVar[type[ModelMixin]]
-    score: ClassVar[tuple[str, Literal["max", "min"]]] = ("psnr", "max")
-    upstream: ClassVar[tuple[str, ...]] = ()
-    uses_lq: ClassVar[bool] = False
-
-    def __init__(self, preset: Preset) -> None:
-        super().__init__()
-        self.preset = preset
-
-    @property
-    def settings(self) -> StageSettings:
-        """The stage's own settings."""
-        return cast(StageSettings, getattr(self.preset.training, self.name))
-
-    def fixed_settings(self) -> dict[str, Any]:
-        """Every setting that a continued run must share with its beginning, by dotted name."""
-        values = self.preset.model_dump(mode="json")
-        own = flatten({section: values[section] for section in self.sections})
-        training = {"seed": values["training"]["seed"], self.name: values["training"][self.name]}
-        settings = own | flatten({"training": training})
-        return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in CADENCE}
-
-    @property
-    def network(self) -> ModelMixin:
-        """The network that the stage produces, saved as `networks/<stage>`."""
-        raise NotImplementedError
-
-    def trainable(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of every objective, each with an optimiser of its own; the first is the network's."""
-        return {"generator": [p for p in self.network.parameters() if p.requires_grad]}
-
-    def start_from(self, network: ModelMixin) -> None:
-        """Take over the weights of a network of the same shape, instead of a fresh start."""
-        self.network.load_state_dict(network.state_dict())
-
-    def extras(self) -> dict[str, nn.Module]:
-        """Modules beside the network whose state a resumed run needs."""
-        return {}
-
-    def active(self, objective: str, step: int) -> bool:
-        """Whether an objective is trained at a step."""
-        return True
-
-    def forward(self, objective: str, batch: Batch, step: int) -> Losses:
-        """The losses of an objective."""
-        raise NotImplementedError
-
-    def prepare(self, images: FaceImages, device: torch.device) -> None:
-        """Work on the whole data set before the first step."""
-
-    def after_step(self, step: int) -> dict[str, float]:
-        """Work after the optimisers' step; returns what to log."""
-        return {}
-
-    def finish(self, images: FaceImages, device: torch.device) -> None:
-        """Work on the whole data set after the last step."""
-
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures to look at, by title, each (B, 3, S, S)."""
-        raise NotImplementedError
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, by dotted name: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def freeze(network: nn.Module) -> nn.Module:
-    """The network with no gradients and in evaluation mode."""
-    return network.requires_grad_(False).eval()
+from ldbfr.training.base import Losses, Stage, freeze
+from ldbfr.training.codebook import CodebookHealth, draw_features
+from ldbfr.training.latents import LatentsInMemory, encode_all
+from ldbfr.training.losses import (
+    ReconstructionLoss,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    last_layer_gradients,
+    min_snr_weight,
+)
 
 
 class VQGANStage(Stage):
@@ -148,7 +63,8 @@ class VQGANStage(Stage):
         )
         self.health = CodebookHealth(self.vqgan.config["num_codes"])
         self._pair: tuple[Tensor, Tensor] | None = None
-        self._features: Tensor | None = None
+        self._features: list[tuple[Tensor, Tensor]] = []
+        self._adaptive_weight: Tensor | None = None
 
     @property
     def settings(self) -> VQStageSettings:
@@ -189,7 +105,8 @@ class VQGANStage(Stage):
             return {"loss": hinge_discriminator_loss(self.discriminator(real), self.discriminator(fake))}
         images, features, code_indices = self.vqgan(batch.hq)
         self.health.observe(code_indices)
-        self._features, self._pair = features.detach(), (batch.hq, images.detach())
+        self._features.append((features.detach(), batch.places))
+        self._pair = (batch.hq, images.detach())
         reconstruction = self.reconstruction(images, batch.hq)
         codebook, commitment = self.vqgan.quantize.losses(features.float(), code_indices)
         loss = reconstruction
@@ -200,19 +117,47 @@ class VQGANStage(Stage):
             adversarial = -self.discriminator(images).mean()
             weight = torch.tensor(self.settings.reconstruction.adversarial)
             if torch.is_grad_enabled():
-                weight = weight * adaptive_weight(reconstruction, adversarial, self.vqgan.last_layer)
+                adaptive = self._adaptive_weight
+                if adaptive is None:
+                    adaptive = self.adaptive_weight([self.gradients(reconstruction, adversarial, len(batch))])
+                weight = weight * adaptive
             loss = loss + weight * adversarial
             losses["adversarial"] = adversarial
         return {"loss": loss} | losses
 
+    def before_step(self, parts: Sequence[Batch], step: int) -> None:
+        """The adaptive weight of the global batch; with accumulation, at the price of one more forward pass."""
+        self._features.clear()
+        self._adaptive_weight = None
+        if self.settings.gradient_accumulation == 1 or self.discriminator is None:
+            return
+        if self.active("discriminator", step):
+            gradients = []
+            for part in parts:
+                images = self.vqgan(part.hq)[0]
+                losses = self.reconstruction(images, part.hq), -self.discriminator(images).mean()
+                gradients.append(self.gradients(*losses, len(part)))
+            self._adaptive_weight = self.adaptive_weight(gradients)
+
+    def gradients(self, reconstruction: Tensor, adversarial: Tensor, num_images: int) -> Tensor:
+        """What a part of the global batch adds to the two gradients at the last layer."""
+        share = num_images / self.settings.batch_size
+        return share * last_layer_gradients(reconstruction, adversarial, self.vqgan.last_layer)
+
+    def adaptive_weight(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The weight of the adversarial term for the global batch, from this worker's parts of the gradients."""
+        return adaptive_weight(self.sum_over_workers(torch.stack(list(gradients)).sum(dim=0)))
+
     def after_step(self, step: int) -> dict[str, float]:
         """Log codebook health and revive dead codes."""
-        report = {"codebook_perplexity": self.health.perplexity().item(), "dead_codes": self.health.dead().sum().item()}
-        settings = self.settings
+        health, settings = self.health, self.settings
+        health.settle(self.sum_over_workers)
+        num_dead = int(health.dead().sum())
+        report = {"codebook_perplexity": health.perplexity().item(), "dead_codes": float(num_dead)}
         if settings.trains == "all" and step < settings.revive_until and step % settings.revive_every == 0:
-            assert self._features is not None
             seed = self.preset.training.seed + step
-            report["revived_codes"] = self.health.revive(self.vqgan.quantize, self._features, seed)
+            features = draw_features(self._features, num_dead, settings.batch_size, seed, self.sum_over_workers)
+            report["revived_codes"] = health.revive(self.vqgan.quantize, features)
         return report
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
@@ -233,10 +178,10 @@ class LatentVQGANStage(VQGANStage):
     name = "latent_vqgan"
     sections = ("side", "latent_vqgan")
 
-    def finish(self, images: FaceImages, device: torch.device) -> None:
+    def finish(self, images: Faces, device: torch.device) -> None:
         """Measure the scaling factor, 1 / standard deviation of the latents, on the first 2,048 images."""
         if self.settings.trains == "all":
-            latents = encode_all(self.vqgan, images.pixels[:2048], device)
+            latents = encode_all(self.vqgan, images, device, range(min(2048, len(images))))
             scale = self.vqgan.config["scaling_factor"] / latents.std().item()
             self.vqgan.register_to_config(scaling_factor=scale)
 
@@ -296,23 +241,23 @@ class DiffusionStage(Stage):
         super().__init__(preset)
         self.latent_vqgan = cast(VQGAN, freeze(latent_vqgan))
         self.schedule: DDPMScheduler = noise_schedule(preset.diffusion)
-        self._cache: Tensor | None = None
 
     @property
     def settings(self) -> DiffusionStageSettings:
         """The stage's own settings."""
         return cast(DiffusionStageSettings, super().settings)
 
-    def prepare(self, images: FaceImages, device: torch.device) -> None:
-        """Encode the data set and its mirror images once, when the settings ask for it."""
-        if self.settings.cache_latents:
-            flips = (images.pixels, images.pixels[:, :, ::-1])
-            self._cache = torch.stack([encode_all(self.latent_vqgan, pixels, device) for pixels in flips])
+    def prepare(self, images: Faces, device: torch.device, upstream: Mapping[str, str]) -> Latents | None:
+        """The latents that were prepared with the data; without, they are encoded now if the settings ask for it."""
+        prepared = images.latents(upstream.get("latent_vqgan", ""))
+        if prepared is None and self.settings.cache_latents:
+            return LatentsInMemory.encode(self.latent_vqgan, images, device)
+        return prepared
 
     def latents(self, batch: Batch) -> Tensor:
-        """z_0 of a batch, (B, c, S/F, S/F), from the cache where there is one."""
-        if self._cache is not None:
-            return self._cache[batch.flips.long(), batch.indices].to(batch.hq.device)
+        """z_0 of a batch, (B, c, S/F, S/F)."""
+        if batch.latents is not None:
+            return batch.latents
         with torch.no_grad():
             return self.latent_vqgan.to_latents(batch.hq).float()
 
@@ -424,13 +369,6 @@ class EnhancerStage(DiffusionStage):
             "one step": self.denoised(noisy_latents, timesteps, prediction),
             "HQ": batch.hq,
         }
-
-
-@torch.no_grad()
-def encode_all(vqgan: VQGAN, pixels: Any, device: torch.device, batch_size: int = 64) -> Tensor:
-    """z_0 of many images in batches of a fixed size: (N, S, S, 3) uint8 -> (N, c, S/F, S/F) float32 on the CPU."""
-    parts = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
-    return torch.cat([vqgan.to_latents(to_float(part.copy()).to(device)).float().cpu() for part in parts])
 
 
 STAGES: tuple[type[Stage], ...] = (HQVQGANStage, LatentVQGANStage, DCVQRStage, PriorStage, EnhancerStage)
