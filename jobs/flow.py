@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -16,17 +14,13 @@ import ray
 import ray.data
 import ray.exceptions
 
+from jobs.connection import connected, num_cores
 from ldbfr import storage
 from ldbfr.archive.plan import Plan
 from ldbfr.archive.rows import FaceRow, from_table, to_table
 from ldbfr.archive.settings import RestoreSettings, Weights
 from ldbfr.archive.steps import Reader, Writer, restore_faces
 from ldbfr.errors import ConfigError, LDBFRError, WeightsError
-
-REPOSITORY = str(Path(__file__).resolve().parent.parent)
-"""What workers import must be this checkout, also where ldbfr is not installed."""
-OBJECT_STORE_BYTES = 2**30
-"""Enough for the batches under way; the pictures never lie there all at once."""
 
 
 @dataclass(frozen=True)
@@ -44,47 +38,13 @@ class Workers:
 
 @contextmanager
 def cluster(num_workers: int) -> Iterator[bool]:
-    """The Ray cluster that RAY_ADDRESS names (`ray job submit` sets it), or one of our own that ends with us.
+    """The Ray cluster, see `connected`; one of our own has room for the workers and for reading and writing.
 
-    Yields whether it is our own.
+    Reading and writing come on top of the model's threads: they wait for the disk, or take turns with them.
     """
-    if ray.is_initialized():
-        yield False
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if address:
-        # A submitted job's working directory is on its workers' path already.
-        runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": REPOSITORY}}
-        ray.init(address, runtime_env=runtime_env, logging_level=logging.WARNING)
-    else:
-        start_own_cluster(num_workers)
-    try:
-        yield not address
-    finally:
-        ray.shutdown()
-
-
-def start_own_cluster(num_workers: int) -> None:
-    """Start Ray on this machine."""
-    paths = (REPOSITORY, os.environ.get("PYTHONPATH", ""))
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     cores = num_cores()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ray.init(
-        "local",
-        # Reading and writing come on top of the model's threads: they wait for the disk, or take turns with them.
-        num_cpus=num_workers * max(1, cores // num_workers) + max(1, cores // 2),
-        object_store_memory=min(OBJECT_STORE_BYTES, int(0.3 * memory)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with connected(num_workers * max(1, cores // num_workers) + max(1, cores // 2)) as own:
+        yield own
 
 
 def place_workers(count: int, device: str | None, batch_size: int, own: bool) -> Workers:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 
 import tyro
 
+from jobs.connection import prepare_environment
 from ldbfr import __version__, storage
 from ldbfr.archive.manifest import ManifestWriter
 from ldbfr.archive.naming import WORK_FOLDER, OutputFormat
@@ -166,17 +165,6 @@ def run(request: Restore, plan: Plan, weights: Weights, settings: RestoreSetting
         log.warning("no contact sheet: %s", error)
     print("\n".join([progress.summary(), *manifest.tally.describe_failures(), *places]))
     return EXIT_OK
-
-
-def prepare_environment() -> None:
-    """What Ray reads when it is imported: for a cluster of our own, no usage report, and nothing in the home folder."""
-    if "RAY_ADDRESS" in os.environ:
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks about how Ray Data uses it
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's announced default; it warns without
-    if "RAY_AUTH_MODE" not in os.environ:  # Ray's default keeps its token in the home folder
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 if __name__ == "__main__":
