@@ -16,11 +16,11 @@ OBJECT_STORE_BYTES = 2**30
 
 
 def prepare_environment() -> None:
-    """What Ray reads when it is imported: for a cluster of our own, no usage report, and nothing in the home folder."""
+    """What Ray reads at its import: no remarks; for our own cluster, no usage report and nothing in the home folder."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks about how Ray Data and Train use it
     if "RAY_ADDRESS" in os.environ:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks about how Ray Data uses it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's announced default; it warns without
     if "RAY_AUTH_MODE" not in os.environ:  # Ray's default keeps its token in the home folder
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.train_worker import Board, Validator, Work, train_worker
 from ldbfr.config import Preset
@@ -102,7 +104,8 @@ def train_on_ray(work: Work, limits: Limits, validate: bool) -> None:
     Raises:
         LDBFRError: what trying again would not mend, or too many failures in a row.
     """
-    board = Board.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     with shown(board):
         validator = None
         if validate:
@@ -125,7 +128,12 @@ def shown(board: Any) -> Iterator[None]:
         last = False
         while not last:
             last = over.wait(SHOW_SECONDS)
-            for level, line in ray.get(board.take.remote()):
+            try:
+                lines = ray.get(board.take.remote())
+            except ray.exceptions.RayError as error:
+                log.warning("the workers' lines are not shown any more: %s", first_line(error))
+                return
+            for level, line in lines:
                 log.log(level, "%s", line)
 
     thread = threading.Thread(target=show, name="board", daemon=True)

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/restore.py`, as the README has it, on a Ray head of its own."""
+"""`ray job submit --working-dir . -- python jobs/…`, as the README has it, on a Ray head of its own."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Head:
     folder: Path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head node in a process group of its own, which ends with the test."""
+    """A head node in a process group of its own, which ends with the module."""
     folder = Path(tempfile.mkdtemp(prefix="ldbfr-", dir="/tmp"))  # Unix sockets: the path must be short
     dashboard, agent, client = free_ports(3)
     address = f"http://127.0.0.1:{dashboard}"
@@ -137,6 +137,12 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+def submit(head: Head, checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Submit a job from a checkout, and wait for its end."""
+    command = [RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python", *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=JOB_SECONDS)
+
+
 @pytest.mark.ray
 def test_the_job_runs_from_an_uploaded_checkout(head: Head, checkout: Path, tmp_path: Path) -> None:
     tiny.new_pipeline().save_pretrained(tmp_path / "weights")
@@ -144,11 +150,10 @@ def test_the_job_runs_from_an_uploaded_checkout(head: Head, checkout: Path, tmp_
     for number, face in enumerate(tiny.blob_faces(3, side=40)):
         (tmp_path / "in" / f"{number}.png").write_bytes(encode_image(face, "png"))
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
-    command = [RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python", "jobs/restore.py"]
-    command += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    command += ["--weights", str(tmp_path / "weights"), "--steps", "1"]
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    arguments += ["--weights", str(tmp_path / "weights"), "--steps", "1"]
 
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=JOB_SECONDS)
+    done = submit(head, checkout, "jobs/restore.py", *arguments)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 4 images restored, 1 failed" in done.stdout
@@ -163,3 +168,29 @@ def test_the_job_runs_from_an_uploaded_checkout(head: Head, checkout: Path, tmp_
     assert json.loads((tmp_path / "out" / "_ldbfr" / "run.json").read_text())["planned"] == 4
     (uploaded,) = head.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/jobs/restore.py")
     assert not (uploaded.parent.parent / ".venv").exists()
+
+
+@pytest.mark.ray
+def test_data_are_prepared_and_trained_on_by_submitted_jobs(head: Head, checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, face in enumerate(tiny.blob_faces(9, side=40)):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encode_image(face, "png"))
+    data, run = tmp_path / "data", tmp_path / "run"
+    prepare = ["jobs/prepare.py", "shards", "--input", str(tmp_path / "in"), "--output", str(data)]
+    prepared = submit(head, checkout, *prepare, "--side", "32", "--val-share", "0.3")
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+
+    train = ["jobs/train.py", "--preset", "tiny", "--stage", "hq_vqgan", "--workers", "2", "--cpus-per-worker", "1"]
+    trained = submit(head, checkout, *train, "--data", str(data), "--run", str(run))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "hq_vqgan runs on 2 worker(s)" in trained.stdout
+    assert "hq_vqgan 4/4" in trained.stdout
+    assert "validation of hq_vqgan at step 4" in trained.stdout
+    assert sorted(path.name for path in (run / "hq_vqgan" / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+
+    refused = submit(head, checkout, *train, "--data", str(data), "--run", "runs/first")
+    assert refused.returncode != 0
+    assert "--run runs/first: in a submitted job" in refused.stdout
