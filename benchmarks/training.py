@@ -77,7 +77,8 @@ class Runs:
         command += ["--preset", self.options.preset, "--stage", stage, "--run", str(run), "--data", *self.options.data]
         for key, value in settings.items():
             command += ["--set", f"training.{stage}.{key}={value}"]
-        subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environment = {**os.environ, "RAY_worker_niceness": "0"}  # as the bare loop: by itself Ray's workers yield
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
         return run
 
     def scalars(self, run: Path, name: str) -> list[tuple[int, float, float]]:
