@@ -21,7 +21,7 @@ from jobs.connection import connected, num_cores, prepare_environment
 from ldbfr.config import Preset, load_preset
 from ldbfr.errors import ConfigError, LDBFRError, StorageError
 from ldbfr.lease import Lease, LeaseHeldError
-from ldbfr.storage import is_local
+from ldbfr.storage import is_local, local_path
 
 log = logging.getLogger("train")
 
@@ -67,7 +67,7 @@ class Train:
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
     """Override a setting, e.g. --set training.dc_vqr.steps=500; may be given several times."""
     init: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())
-    """STAGE=FOLDER: weights that a stage starts from, e.g. of `ldbfr convert`; may be given several times."""
+    """STAGE=FOLDER: weights that a stage starts from, on a disk that every machine sees; may be given several times."""
     device: Literal["cpu", "cuda"] | None = None
     """GPUs where the cluster has any."""
     cpus_per_worker: int | None = None
@@ -75,9 +75,11 @@ class Train:
     validate: bool = True
     """Measure every checkpoint beside the training."""
     validation_cpus: float = 0
-    """CPUs reserved for that; 0 takes what is free."""
+    """CPUs reserved for that; 0 reserves none, and takes one thread of a machine that trains."""
     validation_gpus: float = 0
-    """GPUs reserved for that, e.g. 0.25."""
+    """GPUs reserved for that, e.g. 0.25, beyond the workers' own; 0 measures on the CPU, slow at 512 px."""
+    validation_minutes: float = 30
+    """How long the end of a stage waits for its last checkpoint's validation."""
     track: tuple[Literal["mlflow", "wandb"], ...] = ()
     """Where numbers and pictures go besides TensorBoard."""
     cache_gb: float = 50
@@ -149,14 +151,26 @@ def check(request: Train, preset: Preset, workers: tuple[int, int]) -> tuple[tup
                 f"--workers {request.workers}: training.{name}.batch_size is {batch}, too few for {workers[1]} "
                 f"workers; take at most {batch} workers, or raise the batch size"
             )
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and is_local(request.run) and not Path(request.run).is_absolute():
-        raise ConfigError(
-            f"--run {request.run}: in a submitted job that is below its temporary copy of the code, which goes with "
-            f"the job; give an absolute path that every machine sees, or s3://bucket/prefix"
-        )
-    if request.max_failures < 0:
-        raise ConfigError(f"--max-failures {request.max_failures}: expected 0 or more")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        places = {"run": [request.run], "data": request.data, "val-data": request.val_data, "init": init.values()}
+        for option, named in places.items():
+            check_absolute(option, [str(place) for place in named])
+    least = {"max_failures": 0, "wait_minutes": 1, "cpus_per_worker": 1, "validation_cpus": 0, "validation_gpus": 0}
+    for option, number in least.items():
+        value = getattr(request, option)
+        if value is not None and value < number:
+            raise ConfigError(f"--{option.replace('_', '-')} {value}: expected {number} or more")
     return stages, init
+
+
+def check_absolute(option: str, places: Sequence[str]) -> None:
+    """Refuse paths that mean something else on every machine."""
+    for place in places:
+        if is_local(place) and not local_path(place).is_absolute():
+            raise ConfigError(
+                f"--{option} {place}: in a submitted job that is below its temporary copy of the code, which goes with "
+                f"the job; give an absolute path that every machine sees, or s3://bucket/prefix"
+            )
 
 
 def plan(request: Train, preset: Preset, stages: Sequence[str], workers: tuple[int, int]) -> str:
@@ -188,11 +202,17 @@ def run(request: Train, preset: Preset, stages: Sequence[str], workers: tuple[in
             return
         prepare_environment()
         with connected(num_cores()):
-            from jobs.train_driver import Limits, make_work, train_on_ray
+            from jobs.train_driver import Limits, find_device, make_work, train_on_ray
 
             limits = Limits(
-                workers, request.wait_minutes, request.max_failures, request.validation_cpus, request.validation_gpus
+                workers,
+                request.wait_minutes,
+                request.max_failures,
+                request.validation_cpus,
+                request.validation_gpus,
+                request.validation_minutes,
             )
+            device = find_device(request.device)
             for name in left:
                 work = make_work(
                     preset=preset,
@@ -202,12 +222,12 @@ def run(request: Train, preset: Preset, stages: Sequence[str], workers: tuple[in
                     run=request.run,
                     init=init.get(name),
                     track=request.track,
-                    device=request.device,
+                    device=device,
                     cpus=request.cpus_per_worker,
                     cache_bytes=int(request.cache_gb * 1e9),
                     workers=workers,
                 )
-                train_on_ray(work, limits, request.validate)
+                train_on_ray(work, limits, request.validate, lease.check)
 
 
 @contextmanager

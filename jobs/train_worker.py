@@ -165,9 +165,10 @@ class Validator:
 
     def __init__(self, work: Work, board: Any) -> None:
         say_to(board, logging.INFO)
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.work = work
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Ray shows all GPUs to whoever has reserved none; those are the workers'.
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.faces: Faces | None = None
         self.queue = ValidationQueue(self.validate)
 

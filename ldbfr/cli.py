@@ -80,7 +80,8 @@ class Train:
         with ExitStack() as stack:
             if runtime.rank == 0:
                 holder = f"`ldbfr {' '.join(sys.argv[1:])}`"
-                stack.enter_context(Lease.acquire(f"{self.run.rstrip('/')}/_lease", holder))
+                lease = stack.enter_context(Lease.acquire(f"{self.run.rstrip('/')}/_lease", holder))
+                runtime.check = lease.check
             finished = train_run(preset, stages, images, preview, self.run, runtime, init, self.track)
         return 0 if finished else 130
 

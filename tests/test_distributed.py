@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from ldbfr.images import encode_image
 from ldbfr.training.checkpoint import checkpoint_folders
+from ldbfr.training.run import finished
 from ldbfr.training.stages import STAGE_NAMES
 from tests import tiny
 from tests.conftest import REPOSITORY
@@ -87,3 +89,17 @@ def test_the_final_weights_are_those_of_one_worker(runs: dict[int, Path], name: 
 def test_one_worker_alone_writes_the_checkpoints(runs: dict[int, Path], name: str) -> None:
     for folder in runs.values():
         assert [path.name for path in checkpoint_folders(folder / name)] == ["step-00000004", "step-00000002"]
+
+
+def test_torchrun_trains_all_five_stages_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    for number, face in enumerate(tiny.blob_faces(6)):
+        (tmp_path / "faces" / f"{number}.png").write_bytes(encode_image(face, "png"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "ldbfr.cli", "train", "--preset", "tiny", "--device", "cpu", "--threads", "1"]
+    places = ["--data", str(tmp_path / "faces"), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*torchrun, *train, *places], cwd=REPOSITORY, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(finished(tmp_path / "run", name, tiny.preset()) for name in STAGE_NAMES)

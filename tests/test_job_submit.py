@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ldbfr import storage
 from ldbfr.images import encode_image
 from tests import tiny
 from tests.conftest import REPOSITORY
@@ -46,8 +47,8 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head node in a process group of its own, which ends with the module."""
+def head(s3_endpoint: str) -> Iterator[Head]:
+    """A head node in a process group of its own, which ends with the module; it knows the S3 server."""
     folder = Path(tempfile.mkdtemp(prefix="ldbfr-", dir="/tmp"))  # Unix sockets: the path must be short
     dashboard, agent, client = free_ports(3)
     address = f"http://127.0.0.1:{dashboard}"
@@ -171,17 +172,19 @@ def test_the_job_runs_from_an_uploaded_checkout(head: Head, checkout: Path, tmp_
 
 
 @pytest.mark.ray
-def test_data_are_prepared_and_trained_on_by_submitted_jobs(head: Head, checkout: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
+@pytest.mark.s3
+def test_submitted_jobs_prepare_data_and_train_on_them_from_bucket_to_bucket(
+    head: Head, checkout: Path, s3_root: str
+) -> None:
     for number, face in enumerate(tiny.blob_faces(9, side=40)):
-        (tmp_path / "in" / f"{number}.png").write_bytes(encode_image(face, "png"))
-    data, run = tmp_path / "data", tmp_path / "run"
-    prepare = ["jobs/prepare.py", "shards", "--input", str(tmp_path / "in"), "--output", str(data)]
+        storage.write_bytes(f"{s3_root}/in/{number}.png", encode_image(face, "png"))
+    data, run = f"{s3_root}/data", f"{s3_root}/run"
+    prepare = ["jobs/prepare.py", "shards", "--input", f"{s3_root}/in", "--output", data]
     prepared = submit(head, checkout, *prepare, "--side", "32", "--val-share", "0.3")
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
 
     train = ["jobs/train.py", "--preset", "tiny", "--stage", "hq_vqgan", "--workers", "2", "--cpus-per-worker", "1"]
-    trained = submit(head, checkout, *train, "--data", str(data), "--run", str(run))
+    trained = submit(head, checkout, *train, "--data", data, "--run", run)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "hq_vqgan runs on 2 worker(s)" in trained.stdout
     assert "hq_vqgan 4/4" in trained.stdout
@@ -191,6 +194,6 @@ def test_data_are_prepared_and_trained_on_by_submitted_jobs(head: Head, checkout
         "step-00000004",
     ]
 
-    refused = submit(head, checkout, *train, "--data", str(data), "--run", "runs/first")
+    refused = submit(head, checkout, *train, "--data", data, "--run", "runs/first")
     assert refused.returncode != 0
     assert "--run runs/first: in a submitted job" in refused.stdout

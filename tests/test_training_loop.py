@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 import math
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import torch
 from torch import Tensor
 
 from ldbfr.data.sampler import Batch
-from ldbfr.errors import ConfigError, WeightsError
+from ldbfr.errors import ConfigError, StorageError, WeightsError
+from ldbfr.storage import write_bytes
 from ldbfr.training.checkpoint import checkpoint_folders, latest_checkpoint, read_state, read_training
 from ldbfr.training.loop import Trainer, TrainingError, learning_rate
+from ldbfr.training.run import finished as run_finished
 from ldbfr.training.run import load_stage_network, train_run
+from ldbfr.training.runtime import SingleProcess
+from ldbfr.training.scores import best_step, result_uri
 from ldbfr.training.stages import STAGE_NAMES, PriorStage
 from ldbfr.weights import PRESET_FILE, read_manifest
 from tests import tiny
@@ -434,3 +440,51 @@ def test_a_profile_that_does_not_exist_is_refused_before_anything_is_trained(tmp
     with pytest.raises(ConfigError, match=r"'savage'.*wide"):
         train_run(tiny.preset("training.dc_vqr.profile=savage"), STAGE_NAMES, faces, faces, tmp_path, worker)
     assert worker.reports == []
+
+
+def test_a_finished_stage_is_not_passed_over_when_what_it_was_trained_on_was_trained_again(tmp_path: Path) -> None:
+    stages = ["latent_vqgan", "prior"]
+    for name, seed in (("run", 0), ("other", 5)):
+        faces = tiny.face_images(seed=seed)
+        assert train_run(tiny.preset(), stages[: 2 - bool(seed)], faces, faces, tmp_path / name, Worker())
+    assert run_finished(tmp_path / "run", "prior", tiny.preset())
+    shutil.rmtree(tmp_path / "run" / "latent_vqgan")
+    shutil.copytree(tmp_path / "other" / "latent_vqgan", tmp_path / "run" / "latent_vqgan")
+    with pytest.raises(WeightsError, match=r"upstream latent_vqgan: \w+ there, \w+ now"):
+        run_finished(tmp_path / "run", "prior", tiny.preset())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_one_that_is_gone_does_not_count(tmp_path: Path) -> None:
+    """Validations come late: here each when the checkpoint after the next is written."""
+    scores = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0, 10: 5.0, 12: 6.0}  # of the noise error, less is better
+
+    class Late(Worker):
+        def saved(self, step: int) -> None:
+            super().saved(step)
+            if step - 2 in scores:
+                text = json.dumps({"step": step - 2, "metrics": {"noise_error": scores[step - 2]}})
+                write_bytes(result_uri(str(tmp_path / "prior"), step - 2, "json"), text.encode())
+
+    settings = [f"training.prior.{key}" for key in ("steps=12", "checkpoint_every=2", "keep_checkpoints=2")]
+    trainer = tiny.new_trainer(tmp_path, "prior", *settings, runtime=Late())
+    trainer.train()
+    assert [folder.name for folder in checkpoint_folders(folder_of(trainer))] == [
+        f"step-{step:08d}" for step in (12, 10, 4)
+    ]
+    write_bytes(result_uri(str(tmp_path / "prior"), 2, "json"), b'{"step": 2, "metrics": {"noise_error": 0.1}}')
+    assert best_step(str(tmp_path / "prior"), ("noise_error", "min")) == 2
+    assert best_step(str(tmp_path / "prior"), ("noise_error", "min"), (4, 10, 12)) == 4
+
+
+def test_a_run_whose_lock_is_lost_stops_after_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+    runtime = SingleProcess("cpu")
+
+    def lost() -> None:
+        raise StorageError("another took over")
+
+    runtime.check = lost
+    trainer = tiny.new_trainer(tmp_path, "prior", runtime=runtime)
+    with pytest.raises(StorageError, match="another took over"):
+        trainer.train()
+    assert trainer.step == 1

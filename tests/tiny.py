@@ -26,7 +26,7 @@ from ldbfr.models.hq_injection import Injection
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.training.loop import Trainer
-from ldbfr.training.runtime import Request
+from ldbfr.training.runtime import Request, Runtime
 from ldbfr.training.stages import Stage, make_stage
 
 SIDE = 32
@@ -181,7 +181,7 @@ def new_trainer(
     folder: Path,
     name: str,
     *overrides: str,
-    runtime: Worker | None = None,
+    runtime: Runtime | None = None,
     images: FaceImages | None = None,
     noise_seed: int | None = None,
     stage: Stage | None = None,

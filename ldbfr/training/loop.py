@@ -161,6 +161,7 @@ class Trainer:
                 if self.train_step(batch, stage_log) == Request.STOP:
                     log.warning("%s stopped at step %d of %d", self.stage.name, self.step, self.settings.steps)
                     break
+        self.runtime.sum(torch.zeros(()))  # the others, too, go on only when the last checkpoint is in its place
         self.runtime.close()
         return self.step
 
@@ -321,10 +322,13 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """A copy of all state."""
-        network, generator = self.stage.network, self.groups["generator"]
+        network = self.stage.network
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        parameters = zip(self.groups["generator"], self.ema.shadow_params, strict=True)
+        averages = {names[id(parameter)]: average for parameter, average in parameters}
         networks = {
             "network": self.host.fill("network", network),
-            "ema": self.host.fill_averaged("ema", network, generator, self.ema.shadow_params),
+            "ema": self.host.fill("ema", network, averages),
         }
         training = {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -339,7 +343,7 @@ class Trainer:
         """Put a checkpoint in its place, tell, and remove those that need not be kept."""
         self.store.save(step, snapshot.write)
         self.runtime.saved(step)
-        best = best_step(self.stage_uri, self.stage.score) if self.settings.keep_best else None
+        best = best_step(self.stage_uri, self.stage.score, self.store.steps()) if self.settings.keep_best else None
         self.store.prune(self.settings.keep_checkpoints, best)
 
     def resume(self) -> None:

@@ -14,7 +14,7 @@ from ldbfr.data.index import Faces
 from ldbfr.degradations import get_profile
 from ldbfr.errors import ConfigError, WeightsError
 from ldbfr.models.loading import load_network
-from ldbfr.storage import join, write_bytes
+from ldbfr.storage import join, read_bytes, write_bytes
 from ldbfr.training.base import Stage, flatten
 from ldbfr.training.checkpoint import CheckpointStore, read_state
 from ldbfr.training.loop import Trainer
@@ -37,7 +37,7 @@ def finished(run: str | Path, stage: str, preset: Preset) -> bool:
     """Whether a stage has a good checkpoint of its last step, in what later stages and users take of it.
 
     Raises:
-        WeightsError: it was trained with other settings, which are listed.
+        WeightsError: it was trained with other settings or on other networks, which are listed.
     """
     done = done_steps(run, stage)
     if done < int(getattr(preset.training, stage).steps):
@@ -49,7 +49,8 @@ def finished(run: str | Path, stage: str, preset: Preset) -> bool:
         log.warning("checkpoint passed over: %s", error)
         return False
     else:
-        stage_class(stage).check_same_run(preset, {}, read_state(folder), join(str(run), stage))
+        upstream = {name: network_digest(run, name) for name in stage_class(stage).upstream if done_steps(run, name)}
+        stage_class(stage).check_same_run(preset, upstream, read_state(folder), join(str(run), stage))
         return True
     finally:
         store.close()
@@ -70,16 +71,16 @@ def load_stage_network(run: str | Path, stage: str, preset: Preset) -> tuple[Mod
     try:
         folder = store.fetch(done, parts=("ema",))
         network = load_network(stage_class(stage).network_class, folder / "ema")
-        own = {name: entry for name, entry in read_files(folder).items() if name.startswith("ema/")}
     finally:
         store.close()
-    return network, manifest_digest({"files": own})
+    return network, network_digest(run, stage)
 
 
-def read_files(folder: Path) -> dict[str, dict[str, object]]:
-    """What a checkpoint's manifest says of its files."""
-    files: dict[str, dict[str, object]] = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-    return files
+def network_digest(run: str | Path, stage: str, step: int | None = None) -> str:
+    """The digest of the averaged network in a stage's checkpoint, the newest by itself, from the manifest."""
+    store = CheckpointStore(join(str(run), stage))
+    manifest = json.loads(read_bytes(join(store.uri_of(step or done_steps(run, stage)), MANIFEST)))
+    return manifest_digest({"files": {name: e for name, e in manifest["files"].items() if name.startswith("ema/")}})
 
 
 def start_from(stage: Stage, folder: Path) -> str:

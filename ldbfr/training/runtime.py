@@ -6,6 +6,7 @@ import inspect
 import os
 import signal
 import threading
+from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
 from typing import Any, Protocol
@@ -63,6 +64,8 @@ class SingleProcess:
     def __init__(self, device: str | None = None) -> None:
         self.device = find_device(device)
         self.signals = Signals()
+        self.check: Callable[[], None] = lambda: None
+        """Called after every step; raises when the run must not go on, as when its lock was lost."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module itself."""
@@ -74,6 +77,7 @@ class SingleProcess:
 
     def request(self, step: int) -> Request:
         """STOP after Ctrl-C or a termination signal."""
+        self.check()
         return Request.STOP if self.signals.stop else Request.NONE
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
@@ -93,7 +97,7 @@ class DistributedRuntime(SingleProcess):
     """
 
     def __init__(self, device: str | None = None) -> None:
-        if device is None and torch.cuda.is_available():
+        if device == "cuda" or (device is None and torch.cuda.is_available()):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         super().__init__(device)
         if self.device.type == "cuda":

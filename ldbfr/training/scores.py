@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from ldbfr.errors import StorageError
@@ -54,17 +55,23 @@ def parse(data: bytes, step: int) -> dict[str, float]:
     return {str(name): float(value) for name, value in content["metrics"].items() if math.isfinite(value)}
 
 
-def best_step(stage_uri: str, score: tuple[str, Literal["max", "min"]]) -> int | None:
+def best_step(
+    stage_uri: str, score: tuple[str, Literal["max", "min"]], among: Collection[int] | None = None
+) -> int | None:
     """The validated step that did best, of equal ones the latest; None where none has the metric.
 
     Args:
         stage_uri: RUN/<stage>, local or in a bucket.
         score: name of the metric, and whether more ("max") or less ("min") of it is better.
+        among: steps that count, such as those whose checkpoint is still there; all if None.
 
     Raises:
         StorageError: the folder or bucket cannot be listed.
     """
     name, direction = score
     sign = 1 if direction == "max" else -1
-    scored = [(sign * values[name], step) for step, values in read_validations(stage_uri).items() if name in values]
+    found = read_validations(stage_uri).items()
+    scored = [
+        (sign * values[name], step) for step, values in found if name in values and (among is None or step in among)
+    ]
     return max(scored)[1] if scored else None

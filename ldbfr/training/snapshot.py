@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,13 @@ class HostNetworks:
         self.copies: dict[str, ModelMixin] = {}
 
     @torch.no_grad()
-    def fill(self, name: str, network: ModelMixin) -> ModelMixin:
-        """The copy of that name, brought up to date."""
+    def fill(self, name: str, network: ModelMixin, averages: Mapping[str, Tensor] | None = None) -> ModelMixin:
+        """The copy of that name, brought up to date; with averages, by parameter, in the place of what they average."""
         if name not in self.copies:
             self.copies[name] = copy.deepcopy(network).to("cpu").requires_grad_(False)
         held = self.copies[name]
-        held.load_state_dict(network.state_dict())
+        held.load_state_dict({**network.state_dict(), **(averages or {})})
         held.register_to_config(**{key: value for key, value in network.config.items() if not key.startswith("_")})
-        return held
-
-    @torch.no_grad()
-    def fill_averaged(
-        self, name: str, network: ModelMixin, parameters: Sequence[nn.Parameter], averages: Sequence[Tensor]
-    ) -> ModelMixin:
-        """The same, with the averages in the place of these parameters of the network."""
-        held = self.fill(name, network)
-        own = dict(held.named_parameters())
-        names = {id(parameter): key for key, parameter in network.named_parameters()}
-        for parameter, average in zip(parameters, averages, strict=True):
-            own[names[id(parameter)]].copy_(average)
         return held
 
 

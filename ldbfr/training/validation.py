@@ -27,7 +27,7 @@ from torch import Tensor
 from ldbfr.config import Preset, ValidationSettings
 from ldbfr.data.index import Faces
 from ldbfr.data.sampler import Batch, BatchSampler
-from ldbfr.errors import ConfigError, InputError, WeightsError
+from ldbfr.errors import ConfigError, InputError, StorageError, WeightsError
 from ldbfr.evaluation.metrics import IdentityModel, psnr, ssim
 from ldbfr.images import Pixels, contact_sheet, encode_image, to_uint8
 from ldbfr.models.loading import load_network
@@ -37,13 +37,12 @@ from ldbfr.storage import join, write_bytes
 from ldbfr.training.base import Stage
 from ldbfr.training.checkpoint import CheckpointStore
 from ldbfr.training.codebook import CodebookHealth
-from ldbfr.training.run import load_stage_network, read_files
+from ldbfr.training.run import load_stage_network, network_digest
 from ldbfr.training.scores import best_step as best_step
 from ldbfr.training.scores import read_validations as read_validations
 from ldbfr.training.scores import result_uri
 from ldbfr.training.stages import DCVQRStage, EnhancerStage, PriorStage, VQGANStage, make_stage, stage_class
 from ldbfr.training.trackers import TensorBoardTracker
-from ldbfr.weights import manifest_digest
 
 log = logging.getLogger(__name__)
 
@@ -257,8 +256,8 @@ def load_averaged(preset: Preset, stage_name: str, run_uri: str, step: int) -> t
     try:
         folder = store.fetch(step, parts=("ema",))
         network: ModelMixin = load_network(stage_class(stage_name).network_class, folder / "ema")
-        own = {name: entry for name, entry in read_files(folder).items() if name.startswith("ema/")}
-    except (WeightsError, OSError):
+        digest = network_digest(run_uri, stage_name, step)
+    except (WeightsError, StorageError, OSError):
         if step in store.steps():
             raise
         return None
@@ -267,7 +266,7 @@ def load_averaged(preset: Preset, stage_name: str, run_uri: str, step: int) -> t
     upstream = {name: load_stage_network(run_uri, name, preset)[0] for name in stage_class(stage_name).upstream}
     stage = make_stage(stage_name, preset, upstream)
     stage.start_from(network)
-    return stage, manifest_digest({"files": own})
+    return stage, digest
 
 
 def validate_checkpoint(
