@@ -5,13 +5,12 @@ import json
 import logging
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ldbfr.training.checkpoint import CheckpointGoneError, CheckpointStore, read
 from ldbfr.weights import read_manifest
 from tests import tiny
 from tests.faulty_proxy import FaultyProxy
+from tests.prepared import largest_file
 
 pytest_plugins = ["tests.faulty_proxy"]
 
@@ -494,17 +494,6 @@ def test_an_error_of_another_kind_comes_out_as_it_is(store: CheckpointStore) -> 
     with pytest.raises(ZeroDivisionError):
         store.save(1, wrong)
     assert list(storage.list_objects(store.uri)) == []
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to write files beyond a size, which is how a full disk looks to a program."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 3_000, 40_000], ids=["config.json", "safetensors", "training.pt"])
