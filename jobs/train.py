@@ -201,6 +201,8 @@ def run(request: Train, preset: Preset, stages: Sequence[str], workers: tuple[in
         if not left:
             return
         prepare_environment()
+        # By itself 2 s. A look costs the controller's node processor time, a lost worker costs a restart anyway.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "5")
         with connected(num_cores()):
             from jobs.train_driver import Limits, find_device, make_work, train_on_ray
 

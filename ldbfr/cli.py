@@ -25,7 +25,7 @@ class Train:
 
     Running the same command again continues where the newest checkpoint stands; what is finished is passed by.
     Ctrl-C saves a checkpoint and ends; a second Ctrl-C ends at once. Several GPUs of one machine: run it by
-    `torchrun --nproc-per-node 4 -m ldbfr.cli train …`.
+    `torchrun --nproc-per-node 4 -m -- ldbfr.cli train …`.
 
         ldbfr train --preset faces_64 --data faces/ --run runs/first
         ldbfr train --stage dc_vqr --preset faces_64 --data faces/ --run runs/first --set training.dc_vqr.steps=500

@@ -96,7 +96,7 @@ def test_torchrun_trains_all_five_stages_one_after_the_other(tmp_path: Path) -> 
     for number, face in enumerate(tiny.blob_faces(6)):
         (tmp_path / "faces" / f"{number}.png").write_bytes(encode_image(face, "png"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    train = ["-m", "ldbfr.cli", "train", "--preset", "tiny", "--device", "cpu", "--threads", "1"]
+    train = ["-m", "--", "ldbfr.cli", "train", "--preset", "tiny", "--device", "cpu", "--threads", "1"]
     places = ["--data", str(tmp_path / "faces"), "--run", str(tmp_path / "run")]
     done = subprocess.run(
         [*torchrun, *train, *places], cwd=REPOSITORY, capture_output=True, text=True, timeout=250, check=False

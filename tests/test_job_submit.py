@@ -22,6 +22,8 @@ import pytest
 
 from ldbfr import storage
 from ldbfr.images import encode_image
+from ldbfr.training.checkpoint import CheckpointStore
+from ldbfr.training.scores import read_validations
 from tests import tiny
 from tests.conftest import REPOSITORY
 
@@ -189,10 +191,8 @@ def test_submitted_jobs_prepare_data_and_train_on_them_from_bucket_to_bucket(
     assert "hq_vqgan runs on 2 worker(s)" in trained.stdout
     assert "hq_vqgan 4/4" in trained.stdout
     assert "validation of hq_vqgan at step 4" in trained.stdout
-    assert sorted(path.name for path in (run / "hq_vqgan" / "checkpoints").iterdir()) == [
-        "step-00000002",
-        "step-00000004",
-    ]
+    assert CheckpointStore(f"{run}/hq_vqgan").steps() == [4, 2]
+    assert list(read_validations(f"{run}/hq_vqgan"))[-1] == 4
 
     refused = submit(head, checkout, *train, "--data", data, "--run", "runs/first")
     assert refused.returncode != 0
