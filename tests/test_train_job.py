@@ -220,8 +220,7 @@ def test_killed_workers_a_lost_node_and_a_killed_driver_leave_the_run_as_undistu
     cluster.add()
     assert done_steps(run, STAGE) < STEPS, "it was too fast to be killed"
 
-    # Of a fixed size: Ray keeps an elastic run's machines reserved for three minutes after its driver was killed.
-    text = finish(start(cluster, command(data, run, "--workers", "2"), log), log)
+    text = finish(start(cluster, elastic, log), log)
     assert "going on from the last checkpoint" in text
     assert_equal_runs(run, undisturbed)
 
