@@ -14,19 +14,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 import tyro
 
 from jobs.connection import connected, num_cores, prepare_environment
-from ldbfr.archive.manifest import Tally
-from ldbfr.archive.progress import Progress, duration
-from ldbfr.archive.settings import check_range
-from ldbfr.data.prepare import REPORT_FILE, Preparation, Summary, absolute
-from ldbfr.data.prepare_plan import Plan
-from ldbfr.data.prepare_sheet import SHEET_FILE
-from ldbfr.data.prepare_units import NearDuplicates, PrepareSettings, UnitDone
+from ldbfr.config import check_range
 from ldbfr.errors import ConfigError, InputError, LDBFRError
+from ldbfr.places import absolute
+from ldbfr.preparation.plan import Plan
+from ldbfr.preparation.run import REPORT_FILE, Preparation, Summary
+from ldbfr.preparation.sheet import SHEET_FILE
+from ldbfr.preparation.units import NearDuplicates, PrepareSettings, UnitDone
+from ldbfr.progress import Progress, Tally, duration
 from ldbfr.storage import join
 
 if TYPE_CHECKING:
     from ldbfr.data.latents import LatentPart
-    from ldbfr.data.prepare_latents import LatentRequest
+    from ldbfr.preparation.latents import LatentRequest
 
 log = logging.getLogger("prepare")
 
@@ -246,7 +246,7 @@ def already(output: str, summary: Summary) -> int:
 def check_latents(request: Latents) -> list[LatentRequest]:
     """What has to be encoded; refuses what cannot work before Ray starts."""
     check_workers(request.workers)
-    from ldbfr.data.prepare_latents import latent_requests  # imports torch, as do the next
+    from ldbfr.preparation.latents import latent_requests  # imports torch, as do the next
     from ldbfr.training.export import read_run_preset
     from ldbfr.training.run import load_stage_network
 
@@ -258,7 +258,7 @@ def check_latents(request: Latents) -> list[LatentRequest]:
 
 def encode(request: Latents, requests: list[LatentRequest]) -> int:
     """Encode what is left of the splits."""
-    from ldbfr.data.prepare_latents import finish_latents
+    from ldbfr.preparation.latents import finish_latents
 
     left = [split for split in requests if not split.is_finished()]
     if not left:

@@ -19,10 +19,10 @@ from jobs.connection import num_cores
 from jobs.flow import Workers, place_workers, quieten
 from ldbfr.data.index import Faces
 from ldbfr.data.latents import LatentPart
-from ldbfr.data.prepare import Item, Result
-from ldbfr.data.prepare_latents import BATCH_SIZE, LatentRequest, encode_part
 from ldbfr.data.shards import ShardedFaces
 from ldbfr.errors import LDBFRError, WeightsError
+from ldbfr.preparation.latents import BATCH_SIZE, LatentRequest, encode_part
+from ldbfr.preparation.run import Item, Result
 
 if TYPE_CHECKING:  # workers that write shards import this file too, and do without the networks
     from ldbfr.models.vqgan import VQGAN
@@ -37,7 +37,7 @@ def num_cpus() -> int:
 
 @dataclass(frozen=True)
 class RayRunner:
-    """Carries out a step of a preparation on the cluster, as `ldbfr.data.prepare.Runner`.
+    """Carries out a step of a preparation on the cluster, as `ldbfr.preparation.run.Runner`.
 
     Args:
         workers: items done at a time, one CPU each.

@@ -17,11 +17,11 @@ from ldbfr import __version__, storage
 from ldbfr.archive.manifest import ManifestWriter
 from ldbfr.archive.naming import WORK_FOLDER, OutputFormat
 from ldbfr.archive.plan import Plan, make_plan
-from ldbfr.archive.progress import Progress
-from ldbfr.archive.settings import RestoreSettings, Weights, check_range
+from ldbfr.archive.settings import RestoreSettings, Weights
 from ldbfr.archive.sheet import ContactSheet
-from ldbfr.config import SchedulerName
+from ldbfr.config import SchedulerName, check_range
 from ldbfr.errors import ConfigError, LDBFRError, StorageError
+from ldbfr.progress import Progress
 
 log = logging.getLogger("restore")
 

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.train_worker import Board, Validator, Work, train_worker
 from ldbfr.config import Preset
 from ldbfr.errors import LDBFRError, StorageError
+from ldbfr.places import absolute
 from ldbfr.training.checkpoint import CheckpointGoneError
 from ldbfr.training.run import done_steps, finished
 
@@ -109,11 +110,6 @@ def cpus_for_a_worker(device: str, num_workers: int) -> int:
         if sum(number // each for number in cpus) >= num_workers:
             return each
     return 1
-
-
-def absolute(uri: str) -> str:
-    """A URI that means the same in every working directory."""
-    return uri if "://" in uri else str(Path(uri).resolve())
 
 
 def train_on_ray(work: Work, limits: Limits, validate: bool, check: Callable[[], None]) -> None:

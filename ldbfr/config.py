@@ -366,3 +366,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {table!r} is a single setting, not a table")
     values[last] = value
+
+
+def check_range(option: str, value: int, low: int, high: int, hint: str) -> None:
+    """Raises ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{option} {value}: expected {low:,} to {high:,}; {hint}")

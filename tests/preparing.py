@@ -15,10 +15,11 @@ from PIL import Image
 
 from ldbfr import storage
 from ldbfr.data.dataset import read_dataset
-from ldbfr.data.prepare import Preparation, Summary, absolute, run_here
-from ldbfr.data.prepare_units import PrepareSettings
 from ldbfr.data.shards import ShardedFaces
 from ldbfr.images import decode_image, encode_image, fit_to_side, resize
+from ldbfr.places import absolute
+from ldbfr.preparation.run import Preparation, Summary, run_here
+from ldbfr.preparation.units import PrepareSettings
 from tests import tiny
 
 SIDE = 32

@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldbfr.archive import plan as planning
-from ldbfr.archive.manifest import ManifestWriter, Tally
+from ldbfr.archive.manifest import ManifestWriter
 from ldbfr.archive.naming import format_of_output, is_image, output_key
 from ldbfr.archive.plan import check_places, make_plan
-from ldbfr.archive.progress import Progress, duration
 from ldbfr.archive.rows import FaceRow, from_table, schema, to_table
 from ldbfr.archive.settings import RestoreSettings, Weights
 from ldbfr.archive.sheet import ContactSheet
@@ -28,6 +27,7 @@ from ldbfr.config import load_preset
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError, WeightsError
 from ldbfr.images import ImageLimits, decode_image, encode_image, fit_to_side
 from ldbfr.pipeline import LDBFRPipeline
+from ldbfr.progress import Progress, Tally, duration
 from tests import tiny
 
 SIDE = tiny.SIDE
@@ -451,7 +451,7 @@ def test_an_incomplete_manifest_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def test_the_first_failures_are_told() -> None:
-    tally = Tally(20, restored=3, failed=12, failures=[result(i, "failed") for i in range(10)])
+    tally = Tally(20, restored=3, failed=12, failures=[f"{i}.png: broken" for i in range(10)])
 
     lines = tally.describe_failures()
 
@@ -496,7 +496,7 @@ class Clock:
 def test_progress_tells_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
     clock, tally = Clock(), Tally(100)
     progress = Progress(tally, every=5.0, clock=clock)
-    with caplog.at_level(logging.INFO, logger="ldbfr.archive.progress"):
+    with caplog.at_level(logging.INFO, logger="ldbfr.progress"):
         clock.now, tally.restored = 10.0, 10
         progress.update()
         clock.now, tally.restored, tally.failed = 12.0, 12, 1

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from ldbfr import storage
-from ldbfr.data.prepare import WORK_FOLDER, Item, Preparation, Result, run_here
-from ldbfr.data.prepare_inputs import find_inputs, image_key, label_sources
-from ldbfr.data.prepare_units import split_of
 from ldbfr.data.shards import _check_key
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
 from ldbfr.images import decode_image
+from ldbfr.inputs.sources import find_inputs, image_key, label_sources
+from ldbfr.preparation.run import WORK_FOLDER, Item, Preparation, Result, run_here
+from ldbfr.preparation.units import split_of
 from tests import tiny
 from tests.faulty_proxy import FaultyProxy
 from tests.preparing import (

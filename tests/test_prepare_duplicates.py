@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldbfr.data import prepare_duplicates
-from ldbfr.data.prepare_duplicates import FINGERPRINT_BYTES, fingerprint, near_duplicates
 from ldbfr.images import fit_to_side
+from ldbfr.preparation import duplicates as prepare_duplicates
+from ldbfr.preparation.duplicates import FINGERPRINT_BYTES, fingerprint, near_duplicates
 from tests.preparing import (
     faces_of,
     members_of,

@@ -21,12 +21,12 @@ from jobs import prepare
 from ldbfr import storage
 from ldbfr.data.dataset import read_dataset
 from ldbfr.data.latents import CachedLatents, LatentsInfo, latents_folder
-from ldbfr.data.prepare import WORK_FOLDER, Preparation, run_here
-from ldbfr.data.prepare_latents import PART_FACES, encode_part, latent_requests
 from ldbfr.data.shards import ShardedFaces
 from ldbfr.errors import InputError
 from ldbfr.images import to_float
 from ldbfr.models.vqgan import VQGAN
+from ldbfr.preparation.latents import PART_FACES, encode_part, latent_requests
+from ldbfr.preparation.run import WORK_FOLDER, Preparation, run_here
 from ldbfr.training.run import load_stage_network, remember_preset
 from tests import tiny
 from tests.conftest import REPOSITORY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -10,35 +9,15 @@ import numpy as np
 
 from ldbfr import storage
 from ldbfr.archive.naming import MANIFEST_FILE, WORK_FOLDER
-from ldbfr.archive.rows import RESULT_COLUMNS, FaceRow, arrow, parquet_bytes, schema, to_table
+from ldbfr.archive.rows import RESULT_COLUMNS, FaceRow, schema, to_table
 from ldbfr.errors import StorageError
+from ldbfr.progress import Tally
+from ldbfr.tables import arrow, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow
 
 ROWS_PER_PART = 10_000
-FAILURES_SHOWN = 10
-
-
-@dataclass
-class Tally:
-    """How a run stands. `failures` are the first few failed rows."""
-
-    planned: int
-    restored: int = 0
-    failed: int = 0
-    failures: list[FaceRow] = field(default_factory=list)
-
-    @property
-    def done(self) -> int:
-        """Inputs that have their row."""
-        return self.restored + self.failed
-
-    def describe_failures(self) -> list[str]:
-        """One line per failure shown, and one for the rest."""
-        lines = [f"  {row.key}: {(row.reason or '').removeprefix(f'{row.key}: ')}" for row in self.failures]
-        rest = self.failed - len(self.failures)
-        return [*lines, f"  … and {rest:,} more: see the manifest"] if rest else lines
 
 
 class ManifestWriter:
@@ -66,9 +45,7 @@ class ManifestWriter:
         if row.status == "restored":
             self.tally.restored += 1
         else:
-            self.tally.failed += 1
-            if len(self.tally.failures) < FAILURES_SHOWN:
-                self.tally.failures.append(row)
+            self.tally.fail(f"{row.key}: {(row.reason or '').removeprefix(f'{row.key}: ')}")
         self.pending.append(row)
         if len(self.pending) == ROWS_PER_PART:
             self.flush()

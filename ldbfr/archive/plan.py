@@ -5,14 +5,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ldbfr import storage
 from ldbfr.archive.naming import WORK_FOLDER, OutputFormat, is_image, output_key
-from ldbfr.archive.rows import PLAN_COLUMNS, FaceRow, parquet_bytes, to_table
+from ldbfr.archive.rows import PLAN_COLUMNS, FaceRow, to_table
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.images import IMAGE_SUFFIXES
+from ldbfr.places import place
 from ldbfr.seeds import derive_seed
+from ldbfr.tables import parquet_bytes
 
 ROWS_PER_PART = 10_000
 SHEET_CANDIDATES = 64
@@ -115,13 +116,6 @@ def check_places(input: str, output: str) -> str | None:
     if source[: len(target)] == target:
         raise ConfigError(f"--input {input} lies inside --output {output}: results could overwrite it; name another")
     return "/".join(target[len(source) :]) + "/" if target[: len(source)] == source else None
-
-
-def place(uri: str) -> tuple[str, ...]:
-    """The parts of a location, comparable: links followed, slashes at the end ignored."""
-    if storage.is_local(uri):
-        return Path(storage.local_path(uri)).resolve().parts
-    return tuple(part for part in uri.removeprefix("s3://").split("/") if part)
 
 
 def remove_leftovers(output: str) -> None:

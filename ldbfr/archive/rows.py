@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-from ldbfr.errors import ConfigError
+from ldbfr.tables import arrow
 
 if TYPE_CHECKING:
     import pyarrow
@@ -72,16 +71,6 @@ RESULT_COLUMNS = tuple(name for name in ALL_COLUMNS if name not in ("index", "ou
 """What the manifest keeps of a row."""
 
 
-def arrow() -> Any:
-    """The pyarrow module; ConfigError with the remedy where it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("restoring a folder needs pyarrow, which is not here; pip install 'ldbfr[ray]'") from error
-    return pyarrow
-
-
 def schema(columns: Sequence[str] = ALL_COLUMNS) -> pyarrow.Schema:
     """Arrow schema of the columns of a FaceRow."""
     pa = arrow()
@@ -100,10 +89,3 @@ def to_table(rows: Iterable[FaceRow], columns: Sequence[str] = ALL_COLUMNS) -> p
 def from_table(table: pyarrow.Table) -> list[FaceRow]:
     """The inverse of `to_table`; columns that are not there have their defaults."""
     return [FaceRow(**record) for record in table.to_pylist()]
-
-
-def parquet_bytes(table: pyarrow.Table) -> bytes:
-    """The table as one parquet file."""
-    output = BytesIO()
-    arrow().parquet.write_table(table, output, compression="zstd")
-    return output.getvalue()

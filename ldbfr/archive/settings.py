@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ldbfr.archive.naming import OutputFormat
-from ldbfr.config import Preset, SchedulerName, Settings, parse_preset
+from ldbfr.config import Preset, SchedulerName, Settings, check_range, parse_preset
 from ldbfr.errors import ConfigError, WeightsError
 from ldbfr.weights import PRESET_FILE, PRETRAINED_FOLDER, find_weights, manifest_digest, read_manifest
 
@@ -107,9 +107,3 @@ class RestoreSettings(Settings):
                 f"--condition-scale {settings.condition_scale}: expected 0 or more; 1 is what was trained"
             )
         return settings
-
-
-def check_range(option: str, value: int, low: int, high: int, hint: str) -> None:
-    """Raises ConfigError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ConfigError(f"{option} {value}: expected {low:,} to {high:,}; {hint}")

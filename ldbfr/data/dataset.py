@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ldbfr import storage
-from ldbfr.errors import ConfigError, InputError, StorageError
+from ldbfr.errors import InputError, StorageError
+from ldbfr.tables import arrow, schema_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -217,20 +218,8 @@ def read_index(root_uri: str, split: str) -> ShardIndex:
         ) from error
 
 
-def arrow() -> Any:
-    """The pyarrow module; ConfigError with the remedy where it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("prepared data sets need pyarrow, which is not here; pip install 'ldbfr[data]'") from error
-    return pyarrow
-
-
 def _schema() -> pyarrow.Schema:
-    pa = arrow()
-    kinds = {"offset": pa.int64(), "size": pa.int64()}
-    return pa.schema([(name, kinds.get(name, pa.string())) for name in IndexRow._fields])
+    return schema_of(IndexRow)
 
 
 def _index_uri(root_uri: str, split: str) -> str:

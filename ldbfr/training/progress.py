@@ -14,17 +14,11 @@ from tqdm import tqdm
 
 from ldbfr.config import StageSettings
 from ldbfr.images import contact_sheet, to_uint8
+from ldbfr.progress import duration
 from ldbfr.storage import join
 from ldbfr.training.trackers import Background, PictureFiles, Tracker
 
 log = logging.getLogger(__name__)
-
-
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 4000 -> "1:06:40"."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 class StageLog:

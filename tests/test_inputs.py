@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ldbfr import storage
-from ldbfr.data.prepare import Preparation, run_here
-from ldbfr.data.prepare_plan import Plan
 from ldbfr.errors import InputError
+from ldbfr.preparation.plan import Plan
+from ldbfr.preparation.run import Preparation, run_here
 from tests.preparing import (
     as_face,
     damage,

@@ -5,10 +5,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-
-from ldbfr.archive.manifest import Tally
+from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
+
+FAILURES_SHOWN = 10
+
+
+@dataclass
+class Tally:
+    """How a run stands. `failures` are the first few, as lines for a person."""
+
+    planned: int
+    restored: int = 0
+    failed: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Inputs that have their row."""
+        return self.restored + self.failed
+
+    def fail(self, line: str) -> None:
+        """Count an input that failed."""
+        self.failed += 1
+        if len(self.failures) < FAILURES_SHOWN:
+            self.failures.append(line)
+
+    def describe_failures(self) -> list[str]:
+        """One line per failure shown, and one for the rest."""
+        rest = self.failed - len(self.failures)
+        return [f"  {line}" for line in self.failures] + ([f"  … and {rest:,} more: see the manifest"] if rest else [])
 
 
 class Progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -21,15 +20,16 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ldbfr import storage
-from ldbfr.data.dataset import IndexRow, arrow, is_dataset, read_dataset, write_dataset, write_index
-from ldbfr.data.prepare_duplicates import FINGERPRINT_BYTES, near_duplicates
-from ldbfr.data.prepare_inputs import check_source, label_sources, printable
-from ldbfr.data.prepare_plan import ListStep, Plan, containers_uri, make_plan
-from ldbfr.data.prepare_rows import REPORT_COLUMNS, WORK_FOLDER, Outcome, read_columns, read_rows, schema, to_table
-from ldbfr.data.prepare_sheet import COLUMNS, Sheet
-from ldbfr.data.prepare_units import SPLITS, PrepareSettings, UnitDone, UnitStep, WorkItem, draw, outcome_uri
+from ldbfr.data.dataset import IndexRow, is_dataset, read_dataset, write_dataset, write_index
 from ldbfr.data.ranges import THREADS, in_parallel
 from ldbfr.errors import ConfigError, InputError, StorageError
+from ldbfr.inputs.sources import check_source, label_sources, printable
+from ldbfr.preparation.duplicates import FINGERPRINT_BYTES, near_duplicates
+from ldbfr.preparation.outcomes import REPORT_COLUMNS, WORK_FOLDER, Outcome
+from ldbfr.preparation.plan import ListStep, Plan, containers_uri, make_plan
+from ldbfr.preparation.sheet import COLUMNS, Sheet
+from ldbfr.preparation.units import SPLITS, PrepareSettings, UnitDone, UnitStep, WorkItem, draw, outcome_uri
+from ldbfr.tables import arrow, read_columns, read_rows, schema_of, to_table
 
 log = logging.getLogger(__name__)
 
@@ -241,9 +241,9 @@ class Preparation:
         first: list[str] = []
         with tempfile.TemporaryDirectory(prefix="ldbfr-") as folder:
             file = Path(folder) / REPORT_FILE
-            with arrow().parquet.ParquetWriter(file, schema(REPORT_COLUMNS), compression="zstd") as writer:
+            with arrow().parquet.ParquetWriter(file, schema_of(Outcome, REPORT_COLUMNS), compression="zstd") as writer:
                 for outcomes in self.outcomes(plan):
-                    writer.write_table(to_table(outcomes, REPORT_COLUMNS))
+                    writer.write_table(to_table(outcomes, Outcome, REPORT_COLUMNS))
                     for outcome in outcomes:
                         sheet.add(outcome)
                         duplicates += outcome.status == "duplicate"
@@ -306,13 +306,6 @@ def read_all(read: Callable[[int], Result], count: int) -> Iterator[Result]:
 
 def _read_nth(read: Callable[[int], Result], numbers: Sequence[int], place: int) -> Result:
     return read(numbers[place])
-
-
-def absolute(uri: str) -> str:
-    """A place as every machine finds it; no slash at its end."""
-    if storage.is_local(uri):
-        return os.path.abspath(storage.local_path(uri))
-    return uri.rstrip("/")
 
 
 def option(name: str) -> str:

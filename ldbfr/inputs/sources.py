@@ -15,9 +15,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ldbfr import storage
-from ldbfr.data.prepare_rows import Container, Entry, Kind
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.images import IMAGE_SUFFIXES
+from ldbfr.inputs.entries import Container, Entry, Kind
+from ldbfr.places import overlap, place
 
 ARCHIVES: dict[str, Kind] = {
     ".tar": "tar",
@@ -101,20 +102,6 @@ def _path_as_given(uri: str) -> tuple[str, ...]:
     if storage.is_local(uri):
         return ("root", *Path(os.path.abspath(storage.local_path(uri))).parts[1:])
     return ("s3", *place(uri)[1:])
-
-
-def place(uri: str) -> tuple[str, ...]:
-    """The parts of a location, comparable: links followed, slashes at the end ignored."""
-    if storage.is_local(uri):
-        return Path(storage.local_path(uri)).resolve().parts
-    return ("s3://", *(part for part in uri.partition("://")[2].split("/") if part))
-
-
-def overlap(one: str, other: str) -> bool:
-    """Whether two places are the same, or one lies in the other."""
-    first, second = place(one), place(other)
-    shared = min(len(first), len(second))
-    return first[:shared] == second[:shared]
 
 
 def check_source(source: str, output: str) -> None:

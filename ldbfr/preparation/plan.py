@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ldbfr import storage
-from ldbfr.data.prepare_archives import Stretch, list_archive
-from ldbfr.data.prepare_inputs import find_inputs, label_sources, printable
-from ldbfr.data.prepare_reading import is_about_one_input
-from ldbfr.data.prepare_rows import WORK_FOLDER, Container, Entry, write_rows
-from ldbfr.data.prepare_units import Unit, WorkItem
 from ldbfr.errors import InputError, StorageError
+from ldbfr.inputs.containers import Stretch, list_archive
+from ldbfr.inputs.entries import Container, Entry
+from ldbfr.inputs.reading import is_about_one_input
+from ldbfr.inputs.sources import find_inputs, label_sources, printable
+from ldbfr.preparation.outcomes import WORK_FOLDER
+from ldbfr.preparation.units import Unit, WorkItem
+from ldbfr.tables import write_rows
 
 CONTAINERS_FILE = "containers.json"
 

@@ -8,10 +8,10 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ldbfr import storage
-from ldbfr.data.prepare_archives import Stream, parquet_values, tar_values, unpack_zip
-from ldbfr.data.prepare_rows import Container, Entry
 from ldbfr.errors import InputError, LDBFRError, StorageError
 from ldbfr.images import DEFAULT_LIMITS
+from ldbfr.inputs.containers import Stream, parquet_values, tar_values, unpack_zip
+from ldbfr.inputs.entries import Container, Entry
 
 AHEAD = 6
 """Images asked for before they are needed: a bucket answers slowly, but many at once."""

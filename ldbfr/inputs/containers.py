@@ -16,10 +16,10 @@ from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from ldbfr import storage
-from ldbfr.data.dataset import arrow
-from ldbfr.data.prepare_inputs import BAD_NAME, image_key, is_image, printable
-from ldbfr.data.prepare_rows import Container, Entry
 from ldbfr.errors import InputError
+from ldbfr.inputs.entries import Container, Entry
+from ldbfr.inputs.sources import BAD_NAME, image_key, is_image, printable
+from ldbfr.tables import arrow
 
 if TYPE_CHECKING:
     import pyarrow

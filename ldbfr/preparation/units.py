@@ -13,13 +13,15 @@ from typing import Literal
 
 from ldbfr import storage
 from ldbfr.config import Settings
-from ldbfr.data.prepare_duplicates import fingerprint
-from ldbfr.data.prepare_reading import Inputs
-from ldbfr.data.prepare_rows import WORK_FOLDER, Container, Entry, Outcome, read_rows, write_rows
 from ldbfr.data.shards import ShardWriter
 from ldbfr.errors import InputError, LDBFRError
 from ldbfr.images import Pixels, decode_image, encode_image, fit_to_side, resize
+from ldbfr.inputs.entries import Container, Entry
+from ldbfr.inputs.reading import Inputs
+from ldbfr.preparation.duplicates import fingerprint
+from ldbfr.preparation.outcomes import WORK_FOLDER, Outcome
 from ldbfr.seeds import derive_seed
+from ldbfr.tables import read_rows, write_rows
 
 NearDuplicates = Literal["keep", "drop"]
 

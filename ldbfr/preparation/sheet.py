@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 
 from ldbfr import storage
-from ldbfr.data.prepare_rows import Outcome
-from ldbfr.data.prepare_units import draw
 from ldbfr.images import Pixels, contact_sheet, decode_image, encode_image
+from ldbfr.preparation.outcomes import Outcome
+from ldbfr.preparation.units import draw
 
 SHEET_FILE = "contact-sheet.png"
 COLUMNS = 8

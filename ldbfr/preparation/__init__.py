@@ -1,0 +1,1 @@
+"""Data sets for training, made of folders and archives of images."""
