@@ -22,7 +22,8 @@ from ldbfr.archive.naming import FIRST_STAGE_FOLDER
 from ldbfr.archive.settings import Weights
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.errors import InputError, LDBFRError
-from ldbfr.images import Pixels, contact_sheet, decode_image, encode_image, resize
+from ldbfr.images import Pixels, decode_image, encode_image, resize
+from ldbfr.sheets import contact_sheet
 
 SPLITS = ("mild", "medium", "severe")
 COLUMNS = ("degraded", "first stage", "restored", "original")

@@ -5,9 +5,7 @@ Everything that a file can do to a picture is settled here: orientation, colour 
 
 import re
 import struct
-import unicodedata
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageCms
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -57,7 +55,8 @@ _UPRIGHT = {
 }
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _BAD_EXIF = (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, struct.error)
-_BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+"""What Pillow raises for an ICC profile that is broken, or that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,18 @@ def decode_image(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS
     `name` stands for the file in the text of an InputError, which is raised for a file that is empty, over the
     limits, of another format, damaged or truncated.
     """
+    return decode_file(data, name=name, limits=limits)[0]
+
+
+def decode_file(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[Pixels, ImageFile]:
+    """What `decode_image` does, and the loaded file itself, for what it says beside the pixels."""
     if not data:
         raise InputError(f"{name}: the file is empty (0 bytes), expected an image; copy it again from its source")
     if len(data) > limits.max_bytes:
         raise InputError(
             f"{name}: {len(data):,} bytes, expected at most {limits.max_bytes:,}; shrink it or raise max_bytes"
         )
-    image = _open_header(data, name)
+    image = open_header(data, name)
     width, height = image.size
     if width * height > limits.max_pixels:
         raise InputError(
@@ -102,15 +106,15 @@ def decode_image(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS
             image.load()
         rgb = _to_rgb(image, name)
         orientation = _UPRIGHT.get(_orientation(image))
-        return np.array(rgb if orientation is None else rgb.transpose(orientation))
+        return np.array(rgb if orientation is None else rgb.transpose(orientation)), image
     except (MemoryError, InputError):
         raise
     except Exception as error:  # for a damaged file Pillow's decoders raise nearly any type
         raise _damaged(name, error) from error
 
 
-def _open_header(data: bytes, name: str) -> ImageFile:
-    """Read the file's header only."""
+def open_header(data: bytes, name: str) -> ImageFile:
+    """Read the file's header only; InputError for another format or a damaged header."""
     for signature, plugin in _PLUGIN_OF_SIGNATURE.items():
         if re.match(signature, data, re.DOTALL):
             try:
@@ -189,16 +193,19 @@ def _to_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
             converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             assert converted is not None  # None is for in-place conversion
             return converted
-        except _BAD_PROFILE:
+        except BAD_PROFILE:
             pass
     return colours.convert("RGB")
 
 
-def encode_image(pixels: Pixels, format: ImageFormat, *, quality: int = 95) -> bytes:
-    """Encode (H, W, 3) uint8 RGB; equal pixels give equal bytes.
+def encode_image(
+    pixels: Pixels, format: ImageFormat, *, quality: int = 95, exif: bytes = b"", icc_profile: bytes = b""
+) -> bytes:
+    """Encode (H, W, 3) uint8 RGB; equal arguments give equal bytes.
 
-    `quality`, 1 to 100, is that of jpeg and webp; png is lossless. ConfigError for another format or quality,
-    InputError for pixels of another kind, or for more of them than the format can hold.
+    `quality`, 1 to 100, is that of jpeg and webp; png is lossless. The EXIF block and the ICC profile are embedded as
+    they are; `ldbfr.metadata` makes ones that fit. ConfigError for another format or quality, InputError for pixels of
+    another kind, or for more of them than the format can hold.
     """
     if format not in SUFFIX_OF_FORMAT:
         raise ConfigError(f"image format {format!r}, expected one of {', '.join(SUFFIX_OF_FORMAT)}")
@@ -206,13 +213,14 @@ def encode_image(pixels: Pixels, format: ImageFormat, *, quality: int = 95) -> b
         raise ConfigError(f"image quality {quality}, expected 1 to 100; 95 keeps a face's detail")
     image = Image.fromarray(_checked(pixels))
     output = BytesIO()
+    beside: dict[str, Any] = {"exif": exif, "icc_profile": icc_profile}
     try:
         if format == "png":
-            image.save(output, "PNG", compress_level=4)  # 4 % larger than level 6, in 40 % of the time
+            image.save(output, "PNG", compress_level=4, **beside)  # 4 % larger than level 6, in 40 % of the time
         elif format == "jpeg":
-            image.save(output, "JPEG", quality=quality, subsampling="4:4:4")  # lips and eyes keep their edges
+            image.save(output, "JPEG", quality=quality, subsampling="4:4:4", **beside)  # lips and eyes keep their edges
         else:
-            image.save(output, "WEBP", quality=quality)
+            image.save(output, "WEBP", quality=quality, **beside)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{image.width} x {image.height} pixels do not fit into {format} ({error}); write png, or shrink the image"
@@ -281,68 +289,3 @@ def _checked(pixels: Pixels) -> Pixels:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise InputError(f"pixels are {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3); convert them first")
     return np.ascontiguousarray(pixels)
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Pixels]],
-    column_titles: Sequence[str],
-    row_titles: Sequence[str] = (),
-    cell: int = 192,
-) -> Pixels:
-    """Lay pictures, (H, W, 3) uint8 of any size, out in a titled table on white: (H', W', 3) uint8.
-
-    Each picture is scaled so that its longer side is `cell` pixels; titles too long for their place are shortened in
-    the middle. InputError if a row is longer than `column_titles`, or if there are row titles but not one per row.
-    """
-    if not rows or any(len(row) > len(column_titles) for row in rows):
-        lengths = [len(row) for row in rows]
-        raise InputError(
-            f"rows of {lengths} pictures, expected at least one row, each at most {len(column_titles)} long"
-        )
-    if row_titles and len(row_titles) != len(rows):
-        raise InputError(f"{len(row_titles)} row titles for {len(rows)} rows, expected one per row or none")
-    gap, margin = max(4, cell // 24), max(8, cell // 12)
-    font = ImageFont.load_default(size=max(10, cell / 13))
-    line = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 12
-    shown_rows = [_shorten(title, font, cell) for title in row_titles]
-    shown_columns = [_shorten(title, font, cell) for title in column_titles]
-    left = margin + (max(int(font.getlength(title)) for title in shown_rows) + 2 * gap if shown_rows else 0)
-    top = margin + (line + gap if any(shown_columns) else 0)
-    width = left + len(column_titles) * (cell + gap) - gap + margin
-    height = top + len(rows) * (cell + gap) - gap + margin
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    ink = (40, 40, 40)
-    for column, title in enumerate(shown_columns):
-        x = left + column * (cell + gap) + cell / 2
-        draw.text((x, top - gap), title, fill=ink, font=font, anchor="md")
-    for row, pictures in enumerate(rows):
-        y = top + row * (cell + gap)
-        if shown_rows:
-            draw.text((left - 2 * gap, y + cell / 2), shown_rows[row], fill=ink, font=font, anchor="rm")
-        for column, picture in enumerate(pictures):
-            fitted = _fit_longer_side(picture, cell)
-            x = left + column * (cell + gap)
-            offset = ((cell - fitted.shape[1]) // 2, (cell - fitted.shape[0]) // 2)
-            sheet.paste(Image.fromarray(fitted), (x + offset[0], y + offset[1]))
-    return np.array(sheet)
-
-
-def _fit_longer_side(pixels: Pixels, side: int) -> Pixels:
-    height, width = _checked(pixels).shape[:2]
-    scale = side / max(height, width)
-    return resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
-
-
-def _shorten(title: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Take characters out of the middle of a title until it is at most `width` pixels wide."""
-    one_line = " ".join(title.split())  # a line break cannot be measured
-    shown = "".join(
-        c for c in unicodedata.normalize("NFKD", one_line) if not unicodedata.combining(c)
-    )  # not in the font
-    kept = len(shown)
-    text = shown
-    while font.getlength(text) > width and kept > 1:
-        kept -= 1
-        text = f"{shown[: (kept + 1) // 2]}…{shown[len(shown) - kept // 2 :]}"
-    return text

@@ -20,7 +20,6 @@ from ldbfr.images import (
     ImageFormat,
     ImageLimits,
     Pixels,
-    contact_sheet,
     crop_to_square,
     decode_image,
     encode_image,
@@ -30,6 +29,7 @@ from ldbfr.images import (
     to_float,
     to_uint8,
 )
+from ldbfr.sheets import contact_sheet
 
 ORIENTATION_TAG = 0x0112
 

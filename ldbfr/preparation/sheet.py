@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 
 from ldbfr import storage
-from ldbfr.images import Pixels, contact_sheet, decode_image, encode_image
+from ldbfr.images import Pixels, decode_image, encode_image
 from ldbfr.preparation.outcomes import Outcome
 from ldbfr.preparation.units import draw
+from ldbfr.sheets import contact_sheet
 
 SHEET_FILE = "contact-sheet.png"
 COLUMNS = 8

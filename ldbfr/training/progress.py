@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldbfr.config import StageSettings
-from ldbfr.images import contact_sheet, to_uint8
+from ldbfr.images import to_uint8
 from ldbfr.progress import duration
+from ldbfr.sheets import contact_sheet
 from ldbfr.storage import join
 from ldbfr.training.trackers import Background, PictureFiles, Tracker
 

@@ -29,10 +29,11 @@ from ldbfr.data.index import Faces
 from ldbfr.data.sampler import Batch, BatchSampler
 from ldbfr.errors import ConfigError, InputError, StorageError, WeightsError
 from ldbfr.evaluation.metrics import IdentityModel, psnr, ssim
-from ldbfr.images import Pixels, contact_sheet, encode_image, to_uint8
+from ldbfr.images import Pixels, encode_image, to_uint8
 from ldbfr.models.loading import load_network
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.seeds import normal_per_sample
+from ldbfr.sheets import contact_sheet
 from ldbfr.storage import join, write_bytes
 from ldbfr.training.base import Stage
 from ldbfr.training.checkpoint import CheckpointStore
