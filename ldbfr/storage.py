@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -102,15 +103,17 @@ def join(uri: str, *parts: str) -> str:
     return "s3://" + "/".join(part for part in (bucket, key.rstrip("/"), *segments) if part)
 
 
-def list_objects(uri: str) -> Iterator[ObjectInfo]:
+def list_objects(uri: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
     """Every object below `uri`, or the object that `uri` itself names, in the order of their keys.
+
+    With `start_after`, only those whose keys come after it, whether it is there or not; what lies before is not walked.
 
     The listing is streamed: at most a folder, or a page of 1,000 objects, is held at a time. Where nothing is, nothing
     comes (a bucket cannot tell an empty folder from a missing one). Symbolic links are followed; sockets, devices and
     unfinished writes are left out. A dangling link is listed, with size 0: reading it says what is wrong.
     StorageError if a folder or bucket cannot be listed, or contains itself through a link.
     """
-    return _list_local(uri) if is_local(uri) else _list_s3(uri)
+    return _list_local(uri, start_after) if is_local(uri) else _list_s3(uri, start_after)
 
 
 def exists(uri: str) -> bool:
@@ -304,16 +307,18 @@ def _create_local(uri: str, data: bytes) -> bool:
     return True
 
 
-def _list_local(uri: str) -> Iterator[ObjectInfo]:
+def _list_local(uri: str, after: str | None) -> Iterator[ObjectInfo]:
     root = local_path(uri)
     with _local_errors(uri, "list"):
         if root.is_dir():
-            yield from _walk(str(root), "", frozenset())
-        elif root.is_file():
+            yield from _walk(str(root), "", frozenset(), after)
+        elif root.is_file() and (after is None or root.name > after):
             yield ObjectInfo(str(root), root.name, root.stat().st_size)
 
 
-def _walk(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:
+def _walk(
+    folder: str, prefix: str, ancestors: frozenset[tuple[int, int]], after: str | None = None
+) -> Iterator[ObjectInfo]:
     with _local_errors(folder, "list"):
         identity = os.stat(folder)
         this = (identity.st_dev, identity.st_ino)
@@ -321,15 +326,18 @@ def _walk(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]]) -> It
             raise StorageError(f"cannot list {folder}: this link leads to a folder that contains it; remove the link")
         with os.scandir(folder) as entries:
             # A folder sorts as "name/", so that whole keys come in order, as S3 gives them.
-            found = sorted(entries, key=lambda entry: entry.name + "/" if entry.is_dir() else entry.name)
-        for entry in found:
+            names = [(entry.name + "/" if entry.is_dir() else entry.name, entry) for entry in entries]
+        for name, entry in sorted(names, key=itemgetter(0)):
+            key = prefix + name
+            if after is not None and key <= after and not (name.endswith("/") and after.startswith(key)):
+                continue
             try:
                 info = entry.stat()
             except FileNotFoundError:
                 yield ObjectInfo(entry.path, prefix + entry.name, 0)
                 continue
             if stat.S_ISDIR(info.st_mode):
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", ancestors | {this})
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", ancestors | {this}, after)
             elif stat.S_ISREG(info.st_mode) and not _is_temporary(entry.name):
                 yield ObjectInfo(entry.path, prefix + entry.name, info.st_size)
 
@@ -440,15 +448,22 @@ def _read_s3_body(
         attempt += 1
 
 
-def _list_s3(uri: str) -> Iterator[ObjectInfo]:
+def _list_s3(uri: str, after: str | None = None) -> Iterator[ObjectInfo]:
     bucket, key = _bucket_and_key(uri)
     prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
     found = False
+    start = {"StartAfter": prefix + after} if after else {}
     with _s3(uri, "list") as client:
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **start):
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # a console's marker of an empty folder
                     found = True
                     yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Key"][len(prefix) :], item["Size"])
-    if not found and key and not key.endswith("/") and (size := _s3_size(uri)) is not None:
+    if found or not key or key.endswith("/"):
+        return
+    if after is not None:  # all objects may lie before it: only the whole listing tells whether there is a folder
+        first = next(_list_s3(uri), None)
+        if first is not None and first.uri == uri and first.key > after:
+            yield first
+    elif (size := _s3_size(uri)) is not None:
         yield ObjectInfo(uri, key.rsplit("/", 1)[-1], size)

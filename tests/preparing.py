@@ -18,8 +18,9 @@ from ldbfr.data.dataset import read_dataset
 from ldbfr.data.shards import ShardedFaces
 from ldbfr.images import decode_image, encode_image, fit_to_side, resize
 from ldbfr.places import absolute
-from ldbfr.preparation.run import Preparation, Summary, run_here
+from ldbfr.preparation.run import Preparation, Summary
 from ldbfr.preparation.units import PrepareSettings
+from ldbfr.runner import run_here
 from tests import tiny
 
 SIDE = 32

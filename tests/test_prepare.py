@@ -21,7 +21,8 @@ from ldbfr import storage
 from ldbfr.data.shards import _check_key
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
 from ldbfr.images import decode_image
-from ldbfr.inputs.sources import find_inputs, image_key, label_sources
+from ldbfr.inputs.keys import image_key
+from ldbfr.inputs.sources import find_inputs, label_sources
 from ldbfr.preparation.run import WORK_FOLDER, Item, Preparation, Result, run_here
 from ldbfr.preparation.units import split_of
 from tests import tiny
@@ -503,8 +504,8 @@ def test_a_bucket_that_fails_stops_the_run_and_rejects_nothing(
     with pytest.raises(StorageError, match="cannot be reached"):
         list(preparation.write(plan, run_here))
     faulty_s3.clear()
-    faulty_s3.fail(status=403)
-    with pytest.raises(StorageError, match="access denied; check the credentials"):
+    faulty_s3.fail(status=401)
+    with pytest.raises(StorageError, match=r"cannot read .*401.*; look it up in the logs"):
         list(preparation.write(plan, run_here))
     faulty_s3.clear()
 
@@ -526,8 +527,8 @@ def test_an_object_that_vanishes_is_rejected(s3_root: str, tmp_path: Path) -> No
 def test_errors_are_of_the_library(tmp_path: Path) -> None:
     for source, text in (
         ("missing", "there is no such file or folder"),
-        ("notes.txt", "expected a folder, an image or"),
+        ("notes.md", r"expected a folder, an image, an archive \(.*\) or a list of URIs \(\.txt\), by its name"),
     ):
-        put(tmp_path, {"notes.txt": b"x"})
+        put(tmp_path, {"notes.md": b"x"})
         with pytest.raises(LDBFRError, match=text):
             prepare(tmp_path / "out", tmp_path / source)

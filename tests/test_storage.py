@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ldbfr import storage
 from ldbfr.errors import StorageError
@@ -107,6 +110,83 @@ def test_listing_an_object_gives_that_object(root: str) -> None:
     uri = storage.join(root, "deep/one.png")
     storage.write_bytes(uri, b"123")
     assert list(storage.list_objects(uri)) == [storage.ObjectInfo(uri, "one.png", 3)]
+
+
+KEYS = st.lists(
+    st.text(alphabet="a./-0b\udcff", min_size=1, max_size=6).filter(
+        lambda key: not {"", ".", ".."} & set(key.split("/"))
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def without_clashes(keys: list[str]) -> list[str]:
+    """Those of which none is the folder of another."""
+    return [key for key in set(keys) if not any(other.startswith(key + "/") for other in keys)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(KEYS, st.text(alphabet="a./-0b\udcff", max_size=6))
+def test_a_listing_goes_on_after_any_key_of_a_folder(keys: list[str], other: str) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        for key in without_clashes(keys):
+            path = Path(root, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        whole = list(storage.list_objects(root))
+        assert [found.key for found in whole] == sorted(without_clashes(keys))
+        for after in ("", other, *(found.key for found in whole)):
+            assert list(storage.list_objects(root, after)) == [found for found in whole if found.key > after], after
+
+
+@pytest.mark.s3
+def test_a_listing_goes_on_after_any_key_of_a_bucket(s3_root: str) -> None:
+    keys = [
+        "a-b",
+        "a.png",
+        "a/b",
+        "a/b0",
+        "a/c/d",
+        "a0",
+        "B",
+        "b/a",
+        "z",
+        "é",
+        "日",
+        "🙂",
+        "a+b %?/x",
+        "a",
+    ]
+    for key in keys:
+        storage.write_bytes(storage.join(s3_root, key), b"")
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.sampled_from(keys) | st.text(alphabet="aB/.b0é🙂 \n%", max_size=4))
+    def check(after: str) -> None:
+        found = [info.key for info in storage.list_objects(s3_root, after)]
+        assert found == [key for key in sorted(keys) if key > after]
+        below = [info.key for info in storage.list_objects(storage.join(s3_root, "a"), after)]
+        assert below == [key for key in ["b", "b0", "c/d"] if key > after]
+
+    check()
+
+
+@pytest.mark.parametrize(("after", "left"), [(None, 1), ("", 1), ("one", 1), ("one.png", 0), ("p", 0)])
+def test_the_listing_of_an_object_goes_on(root: str, after: str | None, left: int) -> None:
+    storage.write_bytes(storage.join(root, "one.png"), b"")
+    assert len(list(storage.list_objects(storage.join(root, "one.png"), after))) == left
+
+
+def test_what_lies_before_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        storage.write_bytes(str(tmp_path / f"{number:02}" / "deep" / "x"), b"")
+    walked: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: walked.append(str(path)) or scandir(path))
+
+    assert [found.key for found in storage.list_objects(str(tmp_path), "18/deep/x")] == ["19/deep/x"]
+    assert [os.path.relpath(path, tmp_path) for path in walked] == [".", "18", "18/deep", "19", "19/deep"]
 
 
 def test_a_folder_is_no_object(root: str) -> None:
@@ -486,6 +566,7 @@ def test_an_object_that_is_replaced_while_it_is_fetched_is_not_mixed(
             bucket, key = uri.removeprefix("s3://").split("/", 1)
             direct = boto3.client("s3", endpoint_url=f"http://{faulty_s3.upstream}")
             direct.upload_file(str(source), bucket, key)
+            direct.close()
         return original(method, path)
 
     faulty_s3.strike = strike  # type: ignore[method-assign]

@@ -42,3 +42,18 @@ class Entry(NamedTuple):
     """zip's CRC-32 of the image."""
     refused: str | None = None
     """Why the listing alone rejects it: "cause: detail"."""
+
+
+class Other(NamedTuple):
+    """What is neither an image nor an archive."""
+
+    name: str
+    """What a person looks for, as of an entry."""
+    key: str
+    """Its path, quoted as an image's; the name itself where that has unusable parts."""
+
+
+class Stretch(NamedTuple):
+    """Of a parquet file: from here, that many rows must be read from their start on."""
+
+    rows: int

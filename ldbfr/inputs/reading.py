@@ -10,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ldbfr import storage
 from ldbfr.errors import InputError, LDBFRError, StorageError
 from ldbfr.images import DEFAULT_LIMITS
-from ldbfr.inputs.containers import Stream, parquet_values, tar_values, unpack_zip
+from ldbfr.inputs.containers import tar_values, unpack_zip
 from ldbfr.inputs.entries import Container, Entry
+from ldbfr.inputs.objects import Stream
+from ldbfr.inputs.parquet import parquet_values
 
 AHEAD = 6
 """Images asked for before they are needed: a bucket answers slowly, but many at once."""
@@ -19,7 +21,8 @@ AHEAD = 6
 _ABOUT_ONE_FILE = tuple(
     getattr(errno, name) for name in ("ENOENT", "EACCES", "EPERM", "EISDIR", "ENOTDIR", "ELOOP", "ENAMETOOLONG")
 )
-_ABOUT_ONE_OBJECT = ("NoSuchKey", "404", "InvalidRange", "416")
+_ABOUT_ONE_OBJECT = ("NoSuchKey", "NoSuchBucket", "404", "InvalidRange", "416", "AccessDenied", "403")
+"""An object may have permissions of its own, and a list may name any bucket; wrong credentials have other codes."""
 
 
 def is_about_one_input(error: StorageError) -> bool:
@@ -33,6 +36,8 @@ def is_about_one_input(error: StorageError) -> bool:
     answer = getattr(cause, "response", None)
     if isinstance(answer, dict):  # botocore's ClientError
         return str(answer.get("Error", {}).get("Code")) in _ABOUT_ONE_OBJECT
+    if isinstance(cause, UnicodeError) or type(cause).__name__ == "ParamValidationError":  # botocore's; may be absent
+        return True  # no place can have that name
     return cause is None  # what storage itself found: the size, the range, the URI
 
 

@@ -1,66 +1,23 @@
-"""Where images come from: folders, tar, tar.gz, zip and parquet files, local or in a bucket; and their keys.
+"""Where images come from: folders, tar, tar.gz, zip and parquet files and lists of them, local or in a bucket.
 
-A key is `label/folders/name-suffix`, or `label/archive.tar/folders/name-suffix` for a member of an archive: a function
-of the input's own path alone, and a different one for every path. The label is the source's last path component (more
-of them where two sources would share it). Shards want keys in printable characters without a dot in the last part, so
-the dot before the suffix becomes a hyphen, and every other character that they cannot hold becomes %XX, as in a URL.
+All keys of a source start with its label: its last path component, or more of them where two sources would share it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from urllib.parse import quote
 
 from ldbfr import storage
 from ldbfr.errors import ConfigError, InputError
-from ldbfr.images import IMAGE_SUFFIXES
-from ldbfr.inputs.entries import Container, Entry, Kind
+from ldbfr.inputs.entries import Container, Entry, Other
+from ldbfr.inputs.keys import ARCHIVES, archive_kind, input_at, is_image, quoted
+from ldbfr.inputs.keys import path_of_key as path_of_key
+from ldbfr.inputs.keys import printable as printable
+from ldbfr.inputs.lists import SUFFIX, find_listed, is_list
 from ldbfr.places import overlap, place
-
-ARCHIVES: dict[str, Kind] = {
-    ".tar": "tar",
-    ".tar.gz": "tar.gz",
-    ".tgz": "tar.gz",
-    ".zip": "zip",
-    ".parquet": "parquet",
-}
-BAD_NAME = "bad name: expected a path without empty, '.' or '..' parts; rename the file"
-
-
-def is_image(name: str) -> bool:
-    """Whether a name's suffix is that of an image that can be read."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def archive_kind(name: str) -> Kind | None:
-    """What kind of archive a name's suffix says; None if none."""
-    return next((kind for suffix, kind in ARCHIVES.items() if name.lower().endswith(suffix)), None)
-
-
-def image_key(prefix: str, path: str) -> str | None:
-    """The key of the image `path` ("folders/name.suffix") below `prefix`; None if a folder is empty, '.' or '..'."""
-    *folders, last = path.split("/")
-    stem, _, suffix = last.rpartition(".")
-    if any(part in ("", ".", "..") for part in folders):
-        return None
-    parts = [*map(quoted, folders), f"{quoted(stem).replace('.', '%2E')}-{suffix}"]
-    return "/".join([prefix, *parts] if prefix else parts)
-
-
-def quoted(part: str) -> str:
-    """A part of a path in printable characters: others, the backslash and % itself become %XX of their UTF-8 bytes."""
-    return "".join(
-        char if char.isprintable() and char not in "%\\" else quote(char, safe="", errors="surrogateescape")
-        for char in part
-    )
-
-
-def printable(name: str) -> str:
-    """A name with what is not valid UTF-8 as escapes, for people."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def label_sources(sources: Sequence[str]) -> dict[str, str]:
@@ -104,13 +61,13 @@ def _path_as_given(uri: str) -> tuple[str, ...]:
     return ("s3", *place(uri)[1:])
 
 
-def check_source(source: str, output: str) -> None:
-    """Refuse a source that is missing or not of a known kind, and one that overlaps with the output.
+def check_source(source: str, output: str | None = None) -> None:
+    """Refuse a source that is missing or not of a known kind, and one that overlaps with the output, if that is given.
 
     Raises:
         ConfigError, InputError: naming the option, what was given and what to do.
     """
-    if overlap(source, output):
+    if output is not None and overlap(source, output):
         raise ConfigError(
             f"--output {output} and --input {source}: one is the other or lies in it, so results would be read as "
             "input; name another output"
@@ -119,41 +76,107 @@ def check_source(source: str, output: str) -> None:
         path = storage.local_path(source)
         if not path.exists():
             raise InputError(f"--input {source}: there is no such file or folder; check the path")
-        if path.is_file() and not is_image(path.name) and not archive_kind(path.name):
+        if path.is_file() and not (is_image(path.name) or archive_kind(path.name) or is_list(path.name)):
             raise InputError(
-                f"--input {source}: expected a folder, an image or an archive ({', '.join(ARCHIVES)}), by its name"
+                f"--input {source}: expected a folder, an image, an archive ({', '.join(ARCHIVES)}) or a list of URIs "
+                f"({SUFFIX}), by its name"
             )
 
 
-def find_inputs(source: str, label: str) -> Iterator[Entry | Container | None]:
-    """Everything in a source, streamed in the order of its names: images, archives, None for any other file.
+def find_inputs(
+    source: str, label: str, start_after: str | None = None, exclude: Sequence[str] = ()
+) -> Iterator[tuple[str, Entry | Container | Other]]:
+    """Everything in a source, streamed: images, archives and other files, each with its position.
+
+    A folder's come in the order of their names; a list's in its own.
+
+    Args:
+        source: a folder, an image, an archive, or a list.
+        label: all keys start with it.
+        start_after: a position, to go on from there.
+        exclude: places whose objects are not inputs, though they lie in the source.
 
     Raises:
         InputError: nothing is there, or an archive and a folder of a bucket have one name.
         StorageError: the place cannot be listed.
     """
-    archives: set[str] = set()
-    empty = True
-    for found in storage.list_objects(source):
+    listed = is_list(source)
+    objects = storage.list_objects(source, None if listed else start_after)
+    first = next(objects, None)
+    itself = first is not None and (listed or start_after is None) and place(first.uri) == place(source)
+    found: Iterator[tuple[str, Entry | Container | Other]]
+    if first is not None and itself and listed:
+        found = find_listed(source, first.size, label, int(start_after or 0))
+    else:
+        if listed and start_after is not None:  # a folder, in spite of its name
+            objects = storage.list_objects(source, start_after)
+        elif first is not None:
+            objects = chain([first], objects)
         # A source that is one file itself is listed under its name, with which its label ends already.
-        itself = empty and place(found.uri) == place(source)
-        prefix = label.rpartition("/")[0] if itself else label
+        below = label.rpartition("/")[0] if itself else label
+        found = _among_objects(_without(exclude, objects), below, start_after)
+    empty = start_after is None
+    for position, one in found:
         empty = False
-        if archives and not archives.isdisjoint(_parents(found.key)):
-            raise InputError(f"{found.uri}: its folder has the name of an archive; rename the archive or the folder")
-        if kind := archive_kind(found.key):
-            archives.add(found.key)
-            parts = [*map(quoted, found.key.split("/"))]
-            yield Container(kind, found.uri, "/".join([prefix, *parts] if prefix else parts), found.size)
-        elif is_image(found.key):
-            key = image_key(prefix, found.key)
-            refused = None if key else BAD_NAME
-            name = printable(found.uri)
-            yield Entry(name, key or name, "file", found.uri, span=found.size, size=found.size, refused=refused)
-        else:
-            yield None
+        yield position, one
     if empty:
         raise InputError(f"--input {source}: nothing is there; check the place")
+
+
+def _among_objects(
+    objects: Iterator[storage.ObjectInfo], prefix: str, start_after: str | None
+) -> Iterator[tuple[str, Entry | Container | Other]]:
+    """The objects of a listing by their names; none may lie in a folder with the name of an archive."""
+    archives = _Archives(start_after)
+    for found in objects:
+        archives.check(found)
+        one = input_at(found.uri, prefix, found.key, found.size)
+        if isinstance(one, Container):
+            archives.seen.add(found.key)
+        yield found.key, one
+
+
+class _Archives:
+    """The archives of a listing, which in a bucket may have the name of a folder: their members' keys could meet.
+
+    Args:
+        start_after: what lies before was seen by another; it is looked up.
+    """
+
+    def __init__(self, start_after: str | None) -> None:
+        self.start_after = start_after or ""
+        self.seen: set[str] = set()
+        self.looked_up: set[str] = set()
+
+    def check(self, found: storage.ObjectInfo) -> None:
+        """InputError if the object lies in a folder with the name of an archive."""
+        for folder in _parents(found.key):
+            if folder in self.seen or (folder <= self.start_after and self._was_there(found, folder)):
+                raise InputError(
+                    f"{found.uri}: its folder has the name of an archive; rename the archive or the folder"
+                )
+
+    def _was_there(self, found: storage.ObjectInfo, folder: str) -> bool:
+        if folder in self.looked_up or not archive_kind(folder) or storage.is_local(found.uri):
+            return False
+        self.looked_up.add(folder)
+        return storage.exists(found.uri.removesuffix(found.key) + folder)
+
+
+def _without(exclude: Sequence[str], objects: Iterator[storage.ObjectInfo]) -> Iterator[storage.ObjectInfo]:
+    """The objects that are in none of these places; links are followed, so folders are looked at one by one."""
+    left_out = [place(uri) for uri in exclude]
+    folder: str | None = None
+    names: set[str] = set()
+    inside = False
+    for found in objects:
+        parent, _, name = found.uri.rpartition("/")
+        if left_out and parent != folder:
+            folder, where = parent, place(parent or "/")
+            inside = any(where[: len(one)] == one for one in left_out)
+            names = {one[-1] for one in left_out if one[:-1] == where}
+        if not inside and name not in names:
+            yield found
 
 
 def _parents(key: str) -> Iterator[str]:

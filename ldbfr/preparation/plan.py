@@ -19,9 +19,11 @@ from typing import Any
 from ldbfr import storage
 from ldbfr.errors import InputError, StorageError
 from ldbfr.inputs.containers import Stretch, list_archive
-from ldbfr.inputs.entries import Container, Entry
+from ldbfr.inputs.entries import Container, Entry, Other
+from ldbfr.inputs.keys import printable
+from ldbfr.inputs.lists import is_list
 from ldbfr.inputs.reading import is_about_one_input
-from ldbfr.inputs.sources import find_inputs, label_sources, printable
+from ldbfr.inputs.sources import find_inputs, label_sources
 from ldbfr.preparation.outcomes import WORK_FOLDER
 from ldbfr.preparation.units import Unit, WorkItem
 from ldbfr.tables import write_rows
@@ -130,9 +132,9 @@ class UnitCutter:
         self.joined: list[int] = []
         self.at_start = True
 
-    def add(self, found: Entry | Stretch | None) -> None:
+    def add(self, found: Entry | Stretch | Other) -> None:
         """Take what a listing gives."""
-        if found is None:
+        if isinstance(found, Other):
             self.skipped += 1
         elif isinstance(found, Stretch):
             if len(self.waiting) + found.rows > self.most:
@@ -237,13 +239,28 @@ def list_sources(output: str, sources: Sequence[str], most: int) -> tuple[list[L
     archives: list[Container] = []
     for number, source in enumerate(sorted(sources, key=lambda source: labels[source])):
         cutter = UnitCutter(output, number, most)
-        for found in find_inputs(source, labels[source]):
+        for found in _once(source, labels[source]):
             if isinstance(found, Container):
                 archives.append(found)
             else:
                 cutter.add(found)
         loose.append(cutter.listing(Container("file", source, labels[source])))
     return loose, sorted(archives, key=lambda archive: archive.prefix)
+
+
+def _once(source: str, label: str) -> Iterator[Entry | Container | Other]:
+    """What is in a source; what a list names again is refused, since a data set has every key once."""
+    seen: set[str] = set()
+    for _, found in find_inputs(source, label):
+        if is_list(source) and not isinstance(found, Other):
+            key = found.prefix if isinstance(found, Container) else found.key
+            if key in seen:
+                name = printable(found.uri)
+                found = Entry(
+                    name, name, "file", found.uri, refused="repeated name: the list has it before; name it once"
+                )
+            seen.add(key)
+        yield found
 
 
 def containers_uri(output: str) -> str:

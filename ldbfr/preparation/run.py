@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +23,14 @@ from ldbfr import storage
 from ldbfr.data.dataset import IndexRow, is_dataset, read_dataset, write_dataset, write_index
 from ldbfr.data.ranges import THREADS, in_parallel
 from ldbfr.errors import ConfigError, InputError, StorageError
-from ldbfr.inputs.sources import check_source, label_sources, printable
+from ldbfr.inputs.keys import printable
+from ldbfr.inputs.sources import check_source, label_sources
 from ldbfr.preparation.duplicates import FINGERPRINT_BYTES, near_duplicates
 from ldbfr.preparation.outcomes import REPORT_COLUMNS, WORK_FOLDER, Outcome
 from ldbfr.preparation.plan import ListStep, Plan, containers_uri, make_plan
 from ldbfr.preparation.sheet import COLUMNS, Sheet
 from ldbfr.preparation.units import SPLITS, PrepareSettings, UnitDone, UnitStep, WorkItem, draw, outcome_uri
+from ldbfr.runner import Result, Runner
 from ldbfr.tables import arrow, read_columns, read_rows, schema_of, to_table
 
 log = logging.getLogger(__name__)
@@ -37,21 +39,6 @@ REPORT_FILE = "report.parquet"
 SETTINGS_FILE = "settings.json"
 MOST_UNITS = 1_000_000
 REASONS_SHOWN = 10
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class Runner(Protocol):
-    """Carries a step out over items, in any order and anywhere; results come as they are there."""
-
-    def __call__(self, step: Callable[[Item], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]: ...
-
-
-def run_here(step: Callable[[Item], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
-    """The runner that uses this process alone."""
-    for item in items:
-        yield from step(item)
 
 
 @dataclass(frozen=True)
