@@ -1,108 +1,163 @@
-"""The restoration as a Ray Data flow: plan -> read -> model actors -> write -> rows."""
+"""What the jobs share of Ray Data: where the model's actors go, and items that flow through steps to small results."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.parquet
 import ray
 import ray.data
 import ray.exceptions
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data.context import DataContext
 
-from jobs.connection import connected, num_cores
-from ldbfr import storage
-from ldbfr.archive.plan import Plan
-from ldbfr.archive.rows import FaceRow, from_table, to_table
-from ldbfr.archive.settings import RestoreSettings, Weights
-from ldbfr.archive.steps import Reader, Writer, restore_faces
-from ldbfr.errors import ConfigError, LDBFRError, WeightsError
+from jobs.connection import num_cores
+from ldbfr.errors import ConfigError, LDBFRError
+from ldbfr.runner import Item, Result
+
+MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The model's actors: how many, on what, with how many CPU threads each."""
+    """The model's actors: how many at least and at most, on what, with how many CPU threads and what of a GPU each."""
 
     count: int
     device: str
     threads: int
     batch_size: int
+    least: int = 0
+    gpus: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.count} worker(s) on {self.device}, {self.threads} threads each, batches of {self.batch_size}"
+        count = f"{self.least} to {self.count}" if self.least else str(self.count)
+        what = f"{self.gpus:g} of a GPU" if 0 < self.gpus < 1 else self.device
+        return f"{count} worker(s) on {what}, {self.threads} threads each, batches of {self.batch_size}"
+
+    def pool(self, most: int | None = None) -> ActorPoolStrategy:
+        """The pool of actors; not more than there is work for."""
+        count = min(self.count, most) if most else self.count
+        if self.least and self.least < count:
+            return ActorPoolStrategy(min_size=self.least, max_size=count)
+        return ActorPoolStrategy(size=count)
 
 
-@contextmanager
-def cluster(num_workers: int) -> Iterator[bool]:
-    """The Ray cluster, see `connected`; one of our own has room for the workers and for reading and writing.
-
-    Reading and writing come on top of the model's threads: they wait for the disk, or take turns with them.
-    """
-    cores = num_cores()
-    with connected(num_workers * max(1, cores // num_workers) + max(1, cores // 2)) as own:
-        yield own
-
-
-def place_workers(count: int, device: str | None, batch_size: int, own: bool) -> Workers:
+def place_workers(
+    count: int, device: str | None, batch_size: int, own: bool, least: int = 0, gpus: float | None = None
+) -> Workers:
     """Divide the cluster's CPUs among the workers, leaving one at least for reading and writing.
+
+    On GPUs a worker takes one CPU alone, and the rest reads and writes.
 
     Raises:
         ConfigError: the cluster is too small, or has no GPU where one is asked for.
     """
     resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0)
+    cpus, there = int(resources.get("CPU", 0)), resources.get("GPU", 0)
     if device is None:
-        device = "cuda" if gpus else "cpu"
-    if device.startswith("cuda") and not gpus:
+        device = "cuda" if there else "cpu"
+    on_gpus = device.startswith("cuda")
+    if on_gpus and not there:
         raise ConfigError(f"--device {device}: the cluster has no GPU; leave it out to run on CPUs")
-    if cpus < count + 1:
-        raise ConfigError(f"--workers {count}: they and their readers need {count + 1} CPUs, the cluster has {cpus}")
+    if cpus < (least or count) + 1:
+        needed = (least or count) + 1
+        raise ConfigError(f"--workers {count}: they and their readers need {needed} CPUs, the cluster has {cpus}")
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     threads = max(1, num_cores() // count) if own else max(1, min((cpus - 1) // count, largest - 1))
-    return Workers(count, device, threads, batch_size)
+    share = (min(1.0, there / count) if gpus is None else gpus) if on_gpus else 0.0
+    return Workers(count, device, 1 if on_gpus else threads, batch_size, least, share)
 
 
-def restored_rows(
-    plan: Plan, output: str, weights: Weights, settings: RestoreSettings, workers: Workers
-) -> Iterator[FaceRow]:
-    """Carry out the plan: one result row per planned input, in the plan's order, as they come.
+def num_cpus() -> int:
+    """Of the whole cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    The pictures stay with the workers, a few batches at a time; only rows come here.
+
+def quieten() -> None:
+    """Ray Data's own progress bars and chatter off: the job has its own."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that they are off
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # prints the trace of what is raised anyway
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # they print a page where a worker takes more than it claimed
+
+
+# ---- items through steps ----
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a flow, and how Ray Data runs it.
+
+    Args:
+        work: a function of a table with a column `value`, or the class of an actor that is called so.
+        how: options of `map_batches`.
     """
-    quieten()
-    gpus = ray.cluster_resources().get("GPU", 0) if workers.device.startswith("cuda") else 0
-    results = (
-        # Not read_parquet: that passes over folders whose names begin with an underscore.
-        ray.data.from_items([{"part": uri} for uri in plan.parts], override_num_blocks=len(plan.parts))
-        .map_batches(planned_rows, batch_size=1, batch_format="pyarrow")
-        .repartition(target_num_rows_per_block=workers.batch_size)
-        .map_batches(
-            partial(each_row, step=Reader(settings.side, frozenset(plan.picks))),
-            batch_size=workers.batch_size,
-            batch_format="pyarrow",
-        )
-        .map_batches(
-            FaceRestorer,
-            fn_constructor_args=(weights.reference, weights.digest, settings, workers),
-            compute=ray.data.ActorPoolStrategy(size=workers.count),
-            num_cpus=workers.threads,
-            num_gpus=min(1, gpus / workers.count),
-            batch_size=workers.batch_size,
-            batch_format="pyarrow",
-        )
-        .map_batches(
-            partial(each_row, step=Writer(output, settings)),
-            batch_size=workers.batch_size,
-            batch_format="pyarrow",
-        )
-    )
-    with worker_errors():
+
+    work: Any
+    how: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RayRunner:
+    """Carries out a step on the cluster, as `ldbfr.runner.Runner`.
+
+    Args:
+        workers: items done at a time, one CPU each.
+    """
+
+    workers: int
+
+    def __call__(self, step: Callable[[Item], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
+        """The results, in any order.
+
+        Raises:
+            LDBFRError: what a worker raised; the rest is called off.
+        """
+        compute = TaskPoolStrategy(min(self.workers, len(items), MOST_BLOCKS) or 1)
+        yield from flow(items, Stage(partial(each_item, step=step), {"compute": compute, "num_cpus": 1}))
+
+
+def flow(items: Sequence[Any], *stages: Stage) -> Iterator[Any]:
+    """Send items through the stages, one at a time to a worker, and unpack what comes out; an error is raised here.
+
+    Raises:
+        LDBFRError: what a worker raised on purpose.
+    """
+    if not items:
+        return
+    with small_blocks(), worker_errors():
+        rows = [{"value": pickle.dumps(item)} for item in items]
+        results: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=min(len(items), MOST_BLOCKS))
+        for stage in stages:
+            results = results.map_batches(stage.work, batch_size=1, batch_format="pyarrow", **stage.how)
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from from_table(table)
+            for value in cast(pa.Table, table)["value"].to_pylist():
+                result = pickle.loads(value)
+                if isinstance(result, LDBFRError):
+                    raise result
+                yield result
+
+
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """What a worker gives goes on at once, each value a block, not once 128 MB of them are together."""
+    quieten()
+    context = DataContext.get_current()
+    before = context.target_max_block_size, context.execution_options.preserve_order
+    context.target_max_block_size, context.execution_options.preserve_order = 1, False
+    try:
+        yield
+    finally:
+        context.target_max_block_size, context.execution_options.preserve_order = before
 
 
 @contextmanager
@@ -117,52 +172,21 @@ def worker_errors() -> Iterator[None]:
         raise LDBFRError(f"a worker cannot start: {text.partition(': ')[2].strip()}") from error
 
 
-def planned_rows(table: pa.Table) -> pa.Table:
-    """The rows of one part of the plan."""
-    (uri,) = table["part"].to_pylist()
-    return pa.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+def each_item(table: pa.Table, step: Callable[[Any], Iterator[Any]]) -> Iterator[pa.Table]:
+    """What a step gives for the items of a batch; an LDBFRError travels as a result, since Ray would wrap it."""
+    for value in table["value"].to_pylist():
+        item = pickle.loads(value)
+        if isinstance(item, LDBFRError):
+            yield packed(item)
+            continue
+        try:
+            for result in step(item):
+                yield packed(result)
+        except LDBFRError as error:
+            yield packed(error)
 
 
-def each_row(table: pa.Table, step: Callable[[FaceRow], FaceRow]) -> pa.Table:
-    """Apply a step to every row."""
-    return to_table([step(row) for row in from_table(table)])
-
-
-class FaceRestorer:
-    """A model actor: loads the weights once, then restores batches.
-
-    Args:
-        reference: finds the weights on this node.
-        digest: of the weights that the run was planned with.
-        settings: of the restoration.
-        workers: device and threads.
-
-    Raises:
-        WeightsError: this node has other weights.
-    """
-
-    def __init__(self, reference: str, digest: str, settings: RestoreSettings, workers: Workers) -> None:
-        import torch  # here, because readers and writers, who import this file too, would wait seconds for it
-
-        from ldbfr.pipeline import LDBFRPipeline
-
-        torch.set_num_threads(workers.threads)
-        self.settings = settings
-        self.pipeline = LDBFRPipeline.from_pretrained(reference, device=workers.device)
-        if self.pipeline.weights_digest != digest:
-            raise WeightsError(f"{reference} on this node has other weights than the driver's; copy them to every node")
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Restore the rows that have been read."""
-        return to_table(restore_faces(self.pipeline, from_table(table), self.settings))
-
-
-def quieten() -> None:
-    """Ray Data's own progress bars and chatter off: the job has its own."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that they are off
-    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # prints the trace of what is raised anyway
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
+def packed(value: Any) -> pa.Table:
+    """A value as a table of one row."""
+    # A large binary: a unit of many faces may pass 2 GB, which is where Arrow's plain one ends.
+    return pa.table({"value": pa.array([pickle.dumps(value, protocol=5)], type=pa.large_binary())})

@@ -185,10 +185,10 @@ def prepare(request: Shards, preparation: Preparation) -> int:
     log.info("listed %s", ", ".join(request.input))
     prepare_environment()
     with connected((request.workers or num_cores()) + 1) as own:
-        from jobs import prepare_flow  # importing Ray takes seconds, which a mistyped option should not cost
+        from jobs import flow  # importing Ray takes seconds, which a mistyped option should not cost
 
-        workers = request.workers or (num_cores() if own else prepare_flow.num_cpus())
-        run = prepare_flow.RayRunner(workers)
+        workers = request.workers or (num_cores() if own else flow.num_cpus())
+        run = flow.RayRunner(workers)
         if plan.missing:
             log.info("listing %s archives", f"{len(plan.missing):,}")
         preparation.list_archives(plan, run, request.allow_damaged)

@@ -310,6 +310,22 @@ class Lease:
         return record, str(record)
 
 
+def holder_of(folder_uri: str) -> Record | None:
+    """Who holds the lock on a folder, alive or not, without asking for it; None if nobody does.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    found = max((entry for entry in storage.list_objects(folder_uri)), key=lambda entry: entry.key, default=None)
+    if found is None:
+        return None
+    try:
+        record = Record.model_validate_json(storage.read_bytes(found.uri))
+    except ValidationError:
+        return None
+    return None if record.released or record.has_died() else record
+
+
 def _now() -> float:
     """Seconds on a clock that nobody sets, and that goes on while the machine sleeps where there is such a one."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -19,16 +19,21 @@ class Tally:
     planned: int
     restored: int = 0
     failed: int = 0
+    skipped: int = 0
     failures: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> int:
         """Inputs that have their row."""
-        return self.restored + self.failed
+        return self.restored + self.failed + self.skipped
 
     def fail(self, line: str) -> None:
         """Count an input that failed."""
         self.failed += 1
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Keep the line of a failure that is counted elsewhere."""
         if len(self.failures) < FAILURES_SHOWN:
             self.failures.append(line)
 
@@ -47,21 +52,30 @@ class Progress:
         tally: updated elsewhere.
         every: seconds between lines.
         clock: seconds, for tests.
+        tell: gets every line too.
     """
 
-    def __init__(self, tally: Tally, every: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.tally, self.every, self.clock = tally, every, clock
+    def __init__(
+        self,
+        tally: Tally,
+        every: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.tally, self.every, self.clock, self.tell = tally, every, clock, tell
         self.started = self.last = clock()
+        self.before = tally.done
         self.first: tuple[float, int] | None = None
 
     def update(self) -> None:
         """Log a line if it is time for one."""
         now = self.clock()
-        if self.first is None and self.tally.done:
+        if self.first is None and self.tally.done > self.before:
             self.first = (now, self.tally.done)
         if now - self.last >= self.every:
             self.last = now
             log.info("%s", self.line())
+            self.tell(self.line())
 
     def line(self) -> str:
         """done/total, failures, images/s, time left."""
@@ -84,6 +98,7 @@ class Progress:
         """The line for the end."""
         tally, seconds = self.tally, self.clock() - self.started
         text = f"{tally.restored:,} of {tally.planned:,} images restored, {tally.failed:,} failed"
+        text += f", {tally.skipped:,} skipped" if tally.skipped else ""
         rate = self.rate()
         return f"{text}, in {duration(seconds)}" + (f" ({rate:.1f} images/s after start-up)" if rate else "")
 

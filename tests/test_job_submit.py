@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from ldbfr import storage
@@ -25,6 +23,7 @@ from ldbfr.images import encode_image
 from ldbfr.training.checkpoint import CheckpointStore
 from ldbfr.training.scores import read_validations
 from tests import tiny
+from tests.archiving import manifest, outputs, png, put_files
 from tests.conftest import REPOSITORY
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -147,28 +146,29 @@ def submit(head: Head, checkout: Path, *arguments: str) -> subprocess.CompletedP
 
 
 @pytest.mark.ray
-def test_the_job_runs_from_an_uploaded_checkout(head: Head, checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.s3
+def test_an_archive_goes_from_bucket_to_bucket_by_an_uploaded_checkout(
+    head: Head, checkout: Path, tmp_path: Path, s3_root: str
+) -> None:
     tiny.new_pipeline().save_pretrained(tmp_path / "weights")
-    (tmp_path / "in").mkdir()
-    for number, face in enumerate(tiny.blob_faces(3, side=40)):
-        (tmp_path / "in" / f"{number}.png").write_bytes(encode_image(face, "png"))
-    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
-    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    put_files(f"{s3_root}/in", {f"{number}.png": png(number, 40) for number in range(3)} | {"bad.png": b"no image"})
+    arguments = ["--input", f"{s3_root}/in", "--output", f"{s3_root}/out"]
     arguments += ["--weights", str(tmp_path / "weights"), "--steps", "1"]
 
     done = submit(head, checkout, "jobs/restore.py", *arguments)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 4 images restored, 1 failed" in done.stdout
-    rows = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
-    assert [(row["key"], row["status"]) for row in rows] == [
-        ("0.png", "restored"),
-        ("1.png", "restored"),
-        ("2.png", "restored"),
-        ("bad.png", "failed"),
-    ]
-    assert {row["note"] for row in rows[:3]} == {"by the submitted copy, resized from 40 to 32 px"}
-    assert json.loads((tmp_path / "out" / "_ldbfr" / "run.json").read_text())["planned"] == 4
+    rows = manifest(f"{s3_root}/out")
+    assert {row.key: row.status for row in rows.values()} == {
+        "0.png": "restored",
+        "1.png": "restored",
+        "2.png": "restored",
+        "bad.png": "failed",
+    }
+    assert {row.note for row in rows.values() if row.note} == {"by the submitted copy, resized from 40 to 32 px"}
+    assert set(outputs(f"{s3_root}/out")) == {"0.png", "1.png", "2.png"}
+    assert storage.exists(f"{s3_root}/out/report.html")
     (uploaded,) = head.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/jobs/restore.py")
     assert not (uploaded.parent.parent / ".venv").exists()
 

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-import struct
-import zlib
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from io import BytesIO, StringIO
+import time
+import urllib.request
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import ExifTags, Image
 
 from jobs import restore
-from ldbfr.archive.plan import make_plan
-from ldbfr.archive.settings import RestoreSettings, Weights
+from ldbfr.archive.settings import Weights
+from ldbfr.archive.steps import UnitRestorer
 from ldbfr.errors import LDBFRError
-from ldbfr.images import decode_image, encode_image, fit_to_side
+from ldbfr.images import decode_image, encode_image
 from ldbfr.pipeline import LDBFRPipeline
 from tests import tiny
+from tests.archiving import LocalExecution, input_files, png, put_files, restore_here, run_settings
 
 ray_cluster = pytest.mark.usefixtures("ray_cluster")
-
-GOOD = {
-    "a.jpg": "a.jpg",
-    "a.png": "a.png",
-    "alpha.png": "alpha.png",
-    "b.webp": "b.webp",
-    "cmyk.jpg": "cmyk.jpg",
-    "contact-sheet.png": "contact-sheet.png.png",
-    "deep.png": "deep.png",
-    "nested/déjà vu/100% #1?.png": "nested/déjà vu/100% #1?.png",
-    "nested/scan.bmp": "nested/scan.bmp.png",
-    "nested/scan.tif": "nested/scan.tif.png",
-    "palette.png": "palette.png",
-    "rotated.jpg": "rotated.jpg",
-    "写真/顔.png": "写真/顔.png",
-}
-"""Inputs that must be restored, and where to."""
 
 BAD = {
     "blocked.png": "this is a folder, expected a file",
@@ -53,50 +36,12 @@ BAD = {
 }
 """Inputs that must fail, and what the reason says."""
 
-
-def saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    """A picture as a file."""
-    file = BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def huge_header() -> bytes:
-    """A PNG of a few bytes that claims 30,000 x 30,000 pixels."""
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
-    lines = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(lines)
-
-
-def input_files() -> dict[str, bytes]:
-    """Every kind of file that the job may meet."""
-    faces = [Image.fromarray(face) for face in tiny.blob_faces(len(GOOD), side=48)]
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    whole = saved(faces[0], "JPEG")
-    return {
-        "a.jpg": saved(faces[0], "JPEG"),
-        "a.png": saved(faces[1], "PNG"),
-        "alpha.png": saved(
-            Image.merge("RGBA", (*faces[2].split(), Image.linear_gradient("L").resize((48, 48)))), "PNG"
-        ),
-        "b.webp": saved(faces[3], "WEBP"),
-        "cmyk.jpg": saved(faces[4].convert("CMYK"), "JPEG"),
-        "contact-sheet.png": saved(faces[5], "PNG"),
-        "deep.png": saved(Image.fromarray(np.asarray(faces[6])[..., 0].astype(np.uint16) * 257), "PNG"),
-        "nested/déjà vu/100% #1?.png": saved(faces[7], "PNG"),
-        "nested/scan.bmp": saved(faces[8], "BMP"),
-        "nested/scan.tif": saved(faces[9], "TIFF"),
-        "palette.png": saved(faces[10].quantize(32), "PNG"),
-        "rotated.jpg": saved(faces[11].resize((48, 32)), "JPEG", exif=exif),
-        "写真/顔.png": saved(faces[12].resize((tiny.SIDE, tiny.SIDE)), "PNG"),
-        "blocked.png": saved(faces[0], "PNG"),
-        "empty.png": b"",
-        "huge.png": huge_header(),
-        "nested/text.png": b"not a picture at all",
-        "truncated.jpg": whole[: len(whole) // 2],
-        "notes.txt": b"skip me",
-    }
+GOOD = {
+    **{key: key for key in input_files() if key not in BAD and key.endswith((".png", ".jpg", ".webp"))},
+    "nested/scan.bmp": "nested/scan.bmp.png",
+    "nested/scan.tif": "nested/scan.tif.png",
+}
+"""Inputs that must be restored, and where to."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +54,15 @@ class Run:
     printed: str
 
     @property
+    def command(self) -> list[str]:
+        """Its options."""
+        arguments = ["--input", str(self.input), "--output", str(self.output), "--weights", str(self.weights)]
+        return [*arguments, "--first-stage", "--batch-size", "4", "--shard-images", "8", "--seed", "7"]
+
+    @property
     def rows(self) -> dict[str, dict[str, Any]]:
         """The manifest, by key."""
-        rows = pq.read_table(self.output / "manifest.parquet").to_pylist()
+        rows = pq.read_table(self.output / "manifest").to_pylist()
         assert len({row["key"] for row in rows}) == len(rows)
         return {row["key"]: row for row in rows}
 
@@ -135,8 +86,7 @@ def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluste
     (folder / "out" / "blocked.png").mkdir(parents=True)
     printed = StringIO()
     with redirect_stdout(printed):
-        arguments = ["--input", str(folder / "in"), "--output", str(folder / "out"), "--weights", str(weights)]
-        assert restore.main([*arguments, "--first-stage", "--batch-size", "4", "--seed", "7"]) == 0
+        assert restore.main(Run(folder / "in", folder / "out", weights, "").command) == 0
     return Run(folder / "in", folder / "out", weights, printed.getvalue())
 
 
@@ -147,35 +97,12 @@ def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluste
 def test_every_input_has_exactly_one_row(finished: Run) -> None:
     rows = finished.rows
 
-    assert list(rows) == sorted([*GOOD, *BAD], key=lambda key: [part.encode() for part in key.split("/")])
+    assert list(rows) == sorted(input_files(), key=lambda key: [part.encode() for part in key.split("/")])
     assert {key for key, row in rows.items() if row["status"] == "restored"} == set(GOOD)
     assert {key for key, row in rows.items() if row["status"] == "failed"} == set(BAD)
-
-
-@pytest.mark.ray
-def test_a_failed_row_says_why(finished: Run) -> None:
+    assert {key for key, row in rows.items() if row["status"] == "skipped"} == {"notes.txt"}
     for key, text in BAD.items():
-        row = finished.rows[key]
-        assert text in row["reason"], key
-        assert key.rpartition("/")[2] in row["reason"]
-        assert row["output"] is None
-
-
-@pytest.mark.ray
-def test_a_restored_row_says_what_was_done(finished: Run) -> None:
-    weights = Weights.find(str(finished.weights))
-    settings = RestoreSettings.resolve(weights.preset, first_stage=True, seed=7)
-    for key, name in GOOD.items():
-        row = finished.rows[key]
-        assert row["output"] == str(finished.output / name)
-        assert row["first_stage"] == str(finished.output / "_first-stage" / name)
-        assert (row["seed"], row["weights"], row["settings"]) == (7, weights.digest, settings.digest())
-        assert row["size"] == (finished.input / key).stat().st_size
-        assert min(row["seconds_read"], row["seconds_model"], row["seconds_write"]) > 0
-    rotated = finished.rows["rotated.jpg"]
-    assert (rotated["width"], rotated["height"]) == (32, 48)
-    assert rotated["note"] == "cropped to its central 32 px square"
-    assert finished.rows["写真/顔.png"]["note"] is None
+        assert text in rows[key]["reason"], key
 
 
 @pytest.mark.ray
@@ -183,62 +110,82 @@ def test_nothing_but_whole_results_is_left(finished: Run) -> None:
     files = {path.relative_to(finished.output).as_posix() for path in finished.output.rglob("*") if path.is_file()}
 
     first_stages = {f"_first-stage/{name}" for name in [*GOOD.values(), "blocked.png"]}
-    work = {"_ldbfr/plan/000000.parquet", "_ldbfr/run.json"}
-    assert files == {*GOOD.values(), *first_stages, *work, "manifest.parquet", "contact-sheet.png"}
+    work = {name for name in files if name.startswith("_ldbfr/")}
+    assert files - work == {*GOOD.values(), *first_stages, "manifest/000000.parquet", "report.html"}
+    assert not [name for name in work if "/units/" in name], "records go once the manifest has their rows"
+    assert "_ldbfr/plan/index.parquet" in work
     for name in GOOD.values():
         data = (finished.output / name).read_bytes()
         assert decode_image(data, name=name).shape == (tiny.SIDE, tiny.SIDE, 3)
 
 
 @pytest.mark.ray
-def test_results_are_what_the_pipeline_gives(finished: Run) -> None:
-    pipeline = LDBFRPipeline.from_pretrained(finished.weights)
-    for key, name in GOOD.items():
-        if not name.endswith(".png"):
-            continue
-        face = fit_to_side(decode_image((finished.input / key).read_bytes(), name=key), tiny.SIDE)
-        direct = pipeline(face[None], seed=7, return_first_stage=True)
-        for folder, expected in (
-            (finished.output, direct.images),
-            (finished.output / "_first-stage", direct.first_stage),
-        ):
-            written = decode_image((folder / name).read_bytes(), name=name)
-            assert np.abs(written.astype(int) - expected[0]).max() <= 1, key
+def test_results_are_those_of_one_process(finished: Run, tmp_path: Path) -> None:
+    weights = Weights.find(str(finished.weights))
+    options = {"weights": weights.digest, "shard_images": 8, "batch_size": 4, "steps": None}
+    settings = run_settings(str(finished.input), first_stage=True, seed=7, **options)
+    restorer = UnitRestorer(LDBFRPipeline.from_pretrained(finished.weights), settings.restore, 4)
+    ledger = restore_here(str(tmp_path), settings, LocalExecution(str(tmp_path), settings, restore=restorer))
 
-
-@pytest.mark.ray
-def test_the_sheet_shows_three_columns(finished: Run) -> None:
-    sheet = decode_image((finished.output / "contact-sheet.png").read_bytes(), name="sheet")
-
-    assert sheet.shape[0] > 8 * 192  # two blocks of at most eight rows
-    assert sheet.shape[1] > 6 * 192
+    assert ledger.done.restored == len(GOOD) + 1, "nothing is in the way of blocked.png here"
+    for name in GOOD.values():
+        if name.endswith(".png"):
+            one, other = (decode_image((f / name).read_bytes(), name=name) for f in (finished.output, tmp_path))
+            assert np.abs(one.astype(int) - other.astype(int)).max() <= 1, name
 
 
 @pytest.mark.ray
 def test_the_summary_lists_failures_and_places(finished: Run) -> None:
     lines = finished.printed.splitlines()
 
-    assert lines[0].startswith("13 of 18 images restored, 5 failed, in ")
-    assert "  empty.png: the file is empty (0 bytes), expected an image; copy it again from its source" in lines
-    assert lines[-2:] == [str(finished.output / "manifest.parquet"), str(finished.output / "contact-sheet.png")]
+    assert lines[0].startswith("12 of 18 images restored, 5 failed, 1 skipped, in ")
+    text = "the file is empty (0 bytes), expected an image; copy it again from its source"
+    assert f"  {finished.input}/empty.png: {text}" in lines
+    assert lines[-2:] == [str(finished.output / "manifest"), str(finished.output / "report.html")]
 
 
 @pytest.mark.ray
-def test_the_run_is_written_down(finished: Run) -> None:
-    about = json.loads((finished.output / "_ldbfr" / "run.json").read_text())
+def test_the_manifest_is_a_data_set(finished: Run) -> None:
+    import duckdb
+    import pandas as pd
+    import ray.data
 
-    assert (about["planned"], about["skipped"], about["settings"]["seed"]) == (18, 1, 7)
+    frame = pd.read_parquet(finished.output / "manifest")
+    assert frame.groupby("status").size().to_dict() == {"restored": 12, "failed": 5, "skipped": 1}
+    assert set(frame.loc[frame.status == "restored", "seed"]) == {7}
+    assert ray.data.read_parquet(str(finished.output / "manifest")).count() == 18
+    counts = duckdb.sql(f"select status, count(*) from '{finished.output}/manifest/*.parquet' group by status")
+    assert dict(counts.fetchall()) == {"restored": 12, "failed": 5, "skipped": 1}
 
 
 @pytest.mark.ray
-def test_results_do_not_depend_on_batch_or_workers(finished: Run, tmp_path: Path) -> None:
+def test_the_same_command_has_nothing_left_to_do(
+    finished: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore, "work_off", lambda *_: pytest.fail("there is work"))
+    before = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*.png")}
+
+    assert restore.main(finished.command) == 0
+
+    assert "12 of 18 images restored, 5 failed, 1 skipped" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*.png")} == before
+
+
+@pytest.mark.ray
+def test_other_settings_are_refused_with_the_difference(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert restore.main([*finished.command, "--steps", "1"]) == 2
+
+    assert "was begun with other settings (--steps 4 there, 1 now)" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_results_do_not_depend_on_the_number_of_workers(finished: Run, tmp_path: Path) -> None:
     arguments = ["--input", str(finished.input), "--output", str(tmp_path), "--weights", str(finished.weights)]
 
-    assert restore.main([*arguments, "--batch-size", "3", "--workers", "2", "--seed", "7", "--format", "png"]) == 0
+    assert restore.main([*arguments, "--batch-size", "3", "--workers", "1:2", "--seed", "7", "--format", "png"]) == 0
 
-    rows = pq.read_table(tmp_path / "manifest.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "manifest").to_pylist()
     assert [row["key"] for row in rows] == list(finished.rows)
-    assert not [row["key"] for row in rows if row["status"] == "failed" and row["key"] not in BAD]
     for key, name in GOOD.items():
         if key.endswith(".png"):
             one, other = (
@@ -251,21 +198,44 @@ def test_results_do_not_depend_on_batch_or_workers(finished: Run, tmp_path: Path
 
 @pytest.mark.ray
 @ray_cluster
-def test_a_worker_with_other_weights_ends_the_run(weights: Path, tmp_path: Path) -> None:
-    from jobs import flow
+def test_too_many_failures_are_an_exit_code(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_files(str(tmp_path / "in"), {"a.png": png(), "b.png": b"", "c.png": b""})
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--weights", str(weights)]
 
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.png").write_bytes(encode_image(tiny.blob_faces(1)[0], "png"))
-    planned = Weights.find(str(weights))
-    settings = RestoreSettings.resolve(planned.preset)
-    plan = make_plan(str(tmp_path / "in"), str(tmp_path / "out"), format="same", seed=0)
+    assert restore.main(arguments) == 1
+    assert "2 of 3 inputs failed, 66.7%: expected at most --max-failures 0.5" in capsys.readouterr().err
+    assert restore.main([*arguments, "--max-failures", "0.7"]) == 0
+
+
+@pytest.mark.ray
+def test_progress_is_scraped_with_rays_metrics(finished: Run) -> None:
+    import ray
+
+    deadline, text = time.monotonic() + 40, ""
+    while time.monotonic() < deadline and "ldbfr_archive_images_total" not in text:
+        port = ray.nodes()[0]["MetricsExportPort"]
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        time.sleep(0.5)
+
+    found = [line for line in text.splitlines() if line.startswith("ray_ldbfr_archive_images_total{")]
+    mine = [line for line in found if f'output="{finished.output}"' in line]
+    counts = {match[1]: float(match[2]) for line in mine if (match := re.search(r'status="(\w+)".*} (\S+)$', line))}
+    assert counts == {"restored": 12, "failed": 5, "skipped": 1}
+
+
+@pytest.mark.ray
+@ray_cluster
+def test_a_worker_with_other_weights_ends_the_run(weights: Path, tmp_path: Path) -> None:
+    from jobs import flow, restore_flow
+
+    put_files(str(tmp_path / "in"), {"a.png": png()})
+    settings = run_settings(str(tmp_path / "in"))
+    workers = flow.Workers(1, "cpu", 1, 4)
+    execution = restore_flow.RayExecution(str(tmp_path / "out"), settings, str(weights), workers, "keep")
 
     with pytest.raises(LDBFRError, match=r"a worker cannot start: .* on this node has other weights"):
-        list(
-            flow.restored_rows(
-                plan, str(tmp_path / "out"), replace(planned, digest="0"), settings, flow.Workers(1, "cpu", 1, 4)
-            )
-        )
+        restore_here(str(tmp_path / "out"), settings, execution)
 
 
 # ---- what is refused, before Ray starts ----
@@ -283,7 +253,7 @@ def inputs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"input": "missing"}, "there is no such folder; check the path"),
+        ({"input": "missing"}, "there is no such file or folder; check the path"),
         ({"input": "none"}, "no images in"),
         ({"output": "in"}, "is the input: results would overwrite it; name another folder"),
         ({"output": "in/a.png/out"}, "a file stands where a folder is needed"),
@@ -294,6 +264,11 @@ def inputs(tmp_path: Path) -> Path:
         ({"quality": "101"}, "--quality 101: expected 1 to 100"),
         ({"batch-size": "0"}, "--batch-size 0: expected 1 to 4,096"),
         ({"workers": "0"}, "--workers 0: expected 1 to 10,000"),
+        ({"workers": "two"}, "--workers two: expected a number or MIN:MAX, such as 4 or 1:4"),
+        ({"workers": "3:2"}, "--workers MIN 3: expected 1 to 2"),
+        ({"max-failures": "1.5"}, "--max-failures 1.5: expected a share from 0 to 1"),
+        ({"gpus-per-worker": "0"}, "--gpus-per-worker 0.0: expected above 0, up to 1"),
+        ({"shard-images": "0"}, "--shard-images 0: expected 1 to 100,000"),
         ({"device": "gpu"}, "--device gpu: expected cpu or cuda"),
     ],
 )
@@ -306,7 +281,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(
     text: str,
 ) -> None:
     monkeypatch.chdir(inputs)
-    monkeypatch.setattr(restore, "run", lambda *_: pytest.fail("the run was started"))
+    monkeypatch.setattr(restore.Cluster, "start", lambda _: pytest.fail("Ray was started"))
     given = {"input": "in", "output": "out", "weights": str(weights)} | options
 
     code = restore.main([part for name, value in given.items() for part in (f"--{name}", value)])
@@ -320,7 +295,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(
 def test_cut_weights_are_refused_before_ray_starts(
     inputs: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(restore, "run", lambda *_: pytest.fail("the run was started"))
+    monkeypatch.setattr(restore.Cluster, "start", lambda _: pytest.fail("Ray was started"))
     shutil.copytree(weights, inputs / "weights")
     cut = inputs / "weights" / "unet" / "diffusion_pytorch_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])

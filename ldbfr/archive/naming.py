@@ -11,12 +11,18 @@ from typing import Literal
 from ldbfr.images import FORMAT_OF_SUFFIX, IMAGE_SUFFIXES, SUFFIX_OF_FORMAT, ImageFormat
 
 OutputFormat = Literal["same", "png", "jpeg", "webp"]
+OutputLayout = Literal["files", "tar", "parquet"]
 
 WORK_FOLDER = "_ldbfr"
+"""The run's plan, records and lock."""
 FIRST_STAGE_FOLDER = "_first-stage"
-MANIFEST_FILE = "manifest.parquet"
-SHEET_FILE = "contact-sheet.png"
-_OURS = (WORK_FOLDER, FIRST_STAGE_FOLDER, MANIFEST_FILE, SHEET_FILE)
+SIDE_BY_SIDE_FOLDER = "_side-by-side"
+MANIFEST_FOLDER = "manifest"
+"""A parquet dataset, one row for every input."""
+SHARDS_FOLDER = "shards"
+"""Results as tar or parquet files, where they are no files of their own."""
+REPORT_FILE = "report.html"
+_OURS = (WORK_FOLDER, FIRST_STAGE_FOLDER, SIDE_BY_SIDE_FOLDER, MANIFEST_FOLDER, SHARDS_FOLDER, REPORT_FILE)
 
 
 def is_image(key: str) -> bool:
@@ -35,8 +41,8 @@ def output_key(key: str, format: OutputFormat) -> str:
     """The result's key, relative to the output: the input's own folders and name.
 
     A name whose suffix is not that of the format gets one more: a.jpg as PNG is a.jpg.png, so that a.png and a.jpg both
-    survive. So does a name that another input could be converted to, and the name of the contact sheet. A first folder
-    named like one of the run's own files gets an underscore.
+    survive. So does a name that another input could be converted to. A first folder named like one of the run's own
+    files gets an underscore.
     """
     first, slash, rest = _with_suffix(key, format).partition("/")
     return f"{first}_/{rest}" if slash and first.rstrip("_") in _OURS else first + slash + rest
@@ -45,7 +51,7 @@ def output_key(key: str, format: OutputFormat) -> str:
 def _with_suffix(key: str, format: OutputFormat) -> str:
     written = format_of_output(key, format)
     suffix = PurePosixPath(key).suffix
-    if FORMAT_OF_SUFFIX.get(suffix.lower()) == written and key not in _OURS:
+    if FORMAT_OF_SUFFIX.get(suffix.lower()) == written:
         stem = key.removesuffix(suffix)
         if not is_image(stem) or _with_suffix(stem, format).lower() != key.lower():
             return key

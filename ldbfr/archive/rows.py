@@ -1,91 +1,110 @@
-"""One input on its way through a run, as a row that travels between processes in an Arrow table."""
+"""The rows of a run: what is planned for an input, and what became of it.
+
+A plan's rows lie in parts of some thousand, in the order of the listing. What became of the inputs of a unit is written
+as one small record, and put together into the part of the manifest that belongs to the plan's part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, NamedTuple
 
-from ldbfr.tables import arrow
+from ldbfr.inputs.entries import Entry, Kind
 
-if TYPE_CHECKING:
-    import pyarrow
+Status = Literal["restored", "failed", "skipped"]
 
-Status = Literal["planned", "read", "modelled", "restored", "failed"]
+NOT_AN_IMAGE = "not an image"
+"""The cause of what is skipped by its name."""
 
 
-@dataclass(frozen=True)
-class FaceRow:
-    """What is known about an input so far; a step fills in its part.
+class PlanRow(NamedTuple):
+    """One input of the plan; the fields up to `checksum` are those of an `Entry`."""
 
-    `pixels` and `first_stage_pixels` are (S, S, 3) uint8 as bytes; the `sheet_…` fields are small PNG files, present
-    for the inputs picked for the contact sheet. Neither leaves the run.
-    """
-
-    index: int
-    """Place in the plan, from 0."""
     key: str
-    """Path relative to the input."""
-    input: str
-    """URI of the input."""
-    size: int
-    """Bytes."""
-    output_key: str
-    """Path relative to the output."""
-    status: Status = "planned"
+    """Path in the mirrored layout, in printable characters; unique among the rows that are not settled."""
+    name: str
+    """What a person looks for: the file's URI, or archive/member."""
+    kind: Kind
+    uri: str
+    """Of the file or the archive."""
+    place: int = 0
+    span: int = 0
+    size: int = 0
+    packing: int = 0
+    checksum: int = 0
+    unit: int = 0
+    """Which unit of its part the row belongs to."""
+    status: Status | None = None
+    """What the listing alone settles: failed or skipped; None where there is work to do."""
     reason: str | None = None
-    """Why it failed, and what to do."""
+    """Why, as "cause: detail"."""
+
+    def entry(self) -> Entry:
+        """Where the bytes are."""
+        return Entry(self.name, self.key, self.kind, self.uri, self.place, self.span, self.size, *self[7:9])
+
+
+class ResultRow(NamedTuple):
+    """What became of one input: a row of the manifest."""
+
+    input: str
+    """The file's URI, or archive/member."""
+    key: str
+    """Path in the mirrored layout."""
+    status: Status
+    cause: str | None = None
+    """A word or two, the same for all inputs that failed alike."""
+    reason: str | None = None
+    """Why it failed or was skipped, and what to do."""
     note: str | None = None
     """What was done to the picture before the model saw it."""
+    size: int | None = None
+    """Bytes of the input."""
     digest: str | None = None
     """SHA-256 of the input's bytes."""
     width: int | None = None
     """Of the upright input, in px."""
     height: int | None = None
+    faces: int | None = None
+    """Faces restored in it."""
     output: str | None = None
-    """URI of the restored image."""
+    """URI of the restored image, or of the shard that holds it."""
+    member: str | None = None
+    """Name of the restored image in its shard; None where it is a file of its own."""
     first_stage: str | None = None
-    """URI of the first stage's image, where it is kept."""
+    """The first stage's image, where it is kept: its URI, or its name in the shard."""
+    side_by_side: str | None = None
+    """Input and result in one picture, where that is kept: its URI, or its name in the shard."""
+    seed: int | None = None
+    weights: str | None = None
+    """Digest of the weights."""
+    settings: str | None = None
+    """Digest of the settings."""
+    sharpness_input: float | None = None
+    """Mean absolute Laplacian of what the model saw, in grey levels."""
+    sharpness: float | None = None
+    """The same of the result."""
     seconds_read: float | None = None
     """Reading, decoding, cropping."""
     seconds_model: float | None = None
-    """The batch's time over its length."""
+    """The micro-batch's time over its length."""
     seconds_write: float | None = None
     """Encoding and writing."""
-    pixels: bytes | None = None
-    first_stage_pixels: bytes | None = None
-    sheet_input: bytes | None = None
-    sheet_first_stage: bytes | None = None
-    sheet_restored: bytes | None = None
-
-    def failed(self, reason: str, **known: Any) -> FaceRow:
-        """This row with its reason, without its pictures."""
-        pictures = dict.fromkeys(PICTURE_COLUMNS)
-        return replace(self, status="failed", reason=reason, **{**pictures, **known})
+    worker: str | None = None
+    """host:process that ran the model, or that found out why not."""
+    finished: float | None = None
+    """Seconds since 1970 (UTC) by that machine's clock."""
 
 
-PLAN_COLUMNS = ("index", "key", "input", "size", "output_key", "status", "reason")
-PICTURE_COLUMNS = ("pixels", "first_stage_pixels", "sheet_input", "sheet_first_stage", "sheet_restored")
-ALL_COLUMNS = tuple(field.name for field in fields(FaceRow))
-RESULT_COLUMNS = tuple(name for name in ALL_COLUMNS if name not in ("index", "output_key", *PICTURE_COLUMNS))
-"""What the manifest keeps of a row."""
+class Picture(NamedTuple):
+    """A before/after pair that the report may show."""
 
-
-def schema(columns: Sequence[str] = ALL_COLUMNS) -> pyarrow.Schema:
-    """Arrow schema of the columns of a FaceRow."""
-    pa = arrow()
-    kinds = {"index": pa.int64(), "size": pa.int64(), "width": pa.int32(), "height": pa.int32()}
-    kinds |= dict.fromkeys(("seconds_read", "seconds_model", "seconds_write"), pa.float32())
-    kinds |= dict.fromkeys(PICTURE_COLUMNS, pa.binary())
-    return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-
-
-def to_table(rows: Iterable[FaceRow], columns: Sequence[str] = ALL_COLUMNS) -> pyarrow.Table:
-    """Rows as an Arrow table of the given columns."""
-    records = [{name: getattr(row, name) for name in columns} for row in rows]
-    return arrow().Table.from_pylist(records, schema=schema(columns))
-
-
-def from_table(table: pyarrow.Table) -> list[FaceRow]:
-    """The inverse of `to_table`; columns that are not there have their defaults."""
-    return [FaceRow(**record) for record in table.to_pylist()]
+    key: str
+    input: str
+    rank: int
+    """Place among the random ones: those with the smallest are shown."""
+    sharpness: float
+    """Of the result; the smallest are the worst."""
+    before: bytes
+    """JPEG of what the model saw, at most 192 px wide."""
+    after: bytes
+    """JPEG of the result, of the same size."""

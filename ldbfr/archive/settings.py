@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from ldbfr.archive.naming import OutputFormat
+from ldbfr.archive.naming import OutputFormat, OutputLayout
 from ldbfr.config import Preset, SchedulerName, Settings, check_range, parse_preset
 from ldbfr.errors import ConfigError, WeightsError
 from ldbfr.weights import PRESET_FILE, PRETRAINED_FOLDER, find_weights, manifest_digest, read_manifest
@@ -59,6 +59,10 @@ class RestoreSettings(Settings):
     quality: int
     first_stage: bool
     """Whether the first stage's image is kept too."""
+    side_by_side: bool = False
+    """Whether a picture of input and result side by side is kept too."""
+    keep_metadata: bool = True
+    """Whether the results carry the inputs' EXIF data and colour profile."""
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal settings, equal digest."""
@@ -78,6 +82,8 @@ class RestoreSettings(Settings):
         format: OutputFormat = "same",
         quality: int = 95,
         first_stage: bool = False,
+        side_by_side: bool = False,
+        keep_metadata: bool = True,
     ) -> Self:
         """Take from the preset what is None, and check every value.
 
@@ -96,6 +102,8 @@ class RestoreSettings(Settings):
             format=format,
             quality=quality,
             first_stage=first_stage,
+            side_by_side=side_by_side,
+            keep_metadata=keep_metadata,
         )
         limit = preset.diffusion.num_train_timesteps
         check_range("--start-step", settings.start_step, 1, limit, f"{limit} starts from pure noise")
@@ -107,3 +115,36 @@ class RestoreSettings(Settings):
                 f"--condition-scale {settings.condition_scale}: expected 0 or more; 1 is what was trained"
             )
         return settings
+
+
+class RunSettings(Settings):
+    """What makes a run itself: the same command goes on with it, another one is refused."""
+
+    inputs: tuple[str, ...]
+    """Absolute places, sorted."""
+    column: str | None
+    """Of parquet files; None finds it."""
+    weights: str
+    """Digest of the weights."""
+    layout: OutputLayout
+    shard_images: int
+    """Most images of a unit: what is recorded at a time, and lies in a shard together."""
+    batch_size: int
+    """Of the model. Another one may change the last bit of a result."""
+    restore: RestoreSettings
+
+    def values(self) -> dict[str, object]:
+        """All settings side by side, for people and for comparison."""
+        values = self.model_dump(mode="json")
+        restore = values.pop("restore")
+        return {**values, **restore}
+
+
+IMAGES_IN_A_UNIT = 128
+UNIT_BYTES = 2**25
+"""Of the faces of a unit, which travel together: 42 faces of 512 px."""
+
+
+def images_in_a_unit(side: int) -> int:
+    """How many images are done between two records, unless told otherwise: fewer of large ones, which take longer."""
+    return max(1, min(IMAGES_IN_A_UNIT, UNIT_BYTES // (3 * side * side)))

@@ -1,70 +1,214 @@
-"""The three steps of a restoration, as functions of rows: read a face, run the model, write the result.
+"""The three steps of a restoration, as functions of a unit: read its faces, run the model, write its results.
 
-A picture that cannot be read, restored or written becomes a failed row that says why; the others go on.
+A picture that cannot be read, restored or written becomes a failed row that says why; the others go on. Where the
+storage itself fails, the whole unit is given back as it is, to be done later.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ldbfr import storage
-from ldbfr.archive.naming import FIRST_STAGE_FOLDER, format_of_output
-from ldbfr.archive.rows import FaceRow
+from ldbfr.archive.ledger import manifest_rows
+from ldbfr.archive.parts import FORWARD, plan_folder, read_part, sized
+from ldbfr.archive.plan import Mode, UnitId, WorkItem
+from ldbfr.archive.rows import PlanRow, ResultRow
 from ldbfr.archive.settings import RestoreSettings
-from ldbfr.errors import LDBFRError
-from ldbfr.images import DEFAULT_LIMITS, ImageLimits, Pixels, crop_to_square, decode_image, encode_image, resize
+from ldbfr.errors import InputError, LDBFRError, StorageError
+from ldbfr.images import DEFAULT_LIMITS, ImageLimits, Pixels, crop_to_square, resize
+from ldbfr.inputs.entries import Container
+from ldbfr.inputs.reading import Inputs
+from ldbfr.metadata import Metadata, decode_with_metadata
 
 if TYPE_CHECKING:  # readers and writers do without the networks, whose import takes seconds
     from ldbfr.pipeline import LDBFRPipeline
 
-THUMBNAIL_SIDE = 192
+OnChange = Literal["keep", "restore", "fail"]
+
+
+@dataclass
+class UnitWork:
+    """A unit on its way: a row for every input, and the faces (n, S, S, 3) of those that are still in work."""
+
+    id: UnitId
+    rows: list[ResultRow]
+    places: list[int] = field(default_factory=list)
+    """Which of the rows the faces belong to, ascending."""
+    faces: Pixels | None = None
+    metadata: list[Metadata] = field(default_factory=list)
+    restored: Pixels | None = None
+    first_stage: Pixels | None = None
+    kept: frozenset[int] = frozenset()
+    """Which rows stand as an earlier run left them."""
+
+    def fail(self, places: Sequence[int], cause: str, reason: str) -> None:
+        """Let the rows at these places fail, all for one reason."""
+        for place in places:
+            self.rows[place] = failed(self.rows[place], cause, reason)
+
+    def keep(self, chosen: Sequence[int]) -> None:
+        """Go on with these of the faces alone, by their numbers."""
+        self.places = [self.places[number] for number in chosen]
+        self.metadata = [self.metadata[number] for number in chosen]
+        if self.faces is not None:
+            self.faces = self.faces[list(chosen)]
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Reads an input: bytes -> upright RGB -> central square -> (S, S, 3).
+class UnitFailed:
+    """A unit that could not be done, though nothing is wrong with its inputs."""
+
+    id: UnitId
+    reason: str
+    fatal: bool = False
+    """Whether going on with others makes no sense either."""
+
+
+def this_worker() -> str:
+    """host:process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def failed(row: ResultRow, cause: str, reason: str) -> ResultRow:
+    """A row that ends here."""
+    about = f"{row.input}: "
+    text = " ".join(reason.removeprefix(about).split())
+    return row._replace(status="failed", cause=cause, reason=text, worker=this_worker(), finished=time.time())
+
+
+def settled(row: PlanRow) -> ResultRow:
+    """The row of an input that the listing alone settled."""
+    cause, _, detail = str(row.reason).partition(": ")
+    assert row.status is not None
+    size = row.size or None
+    return ResultRow(
+        row.name, row.key, row.status, cause, detail, size=size, worker=this_worker(), finished=time.time()
+    )
+
+
+# ---- read ----
+
+
+@dataclass(frozen=True)
+class UnitReader:
+    """Reads the inputs of units: bytes -> upright RGB -> central square -> (S, S, 3).
 
     Args:
+        output: URI of the run, where its plan is.
         side: S, in px.
-        picks: indexes of the rows that carry pictures for the contact sheet.
+        column: of parquet files.
+        on_change: what to do where an input has other bytes than when it was restored.
         limits: the largest file and picture accepted.
     """
 
+    output: str
     side: int
-    picks: frozenset[int] = frozenset()
+    column: str | None = None
+    on_change: OnChange = "keep"
     limits: ImageLimits = DEFAULT_LIMITS
 
-    def __call__(self, row: FaceRow) -> FaceRow:
-        """planned -> read, or failed."""
-        if row.status != "planned":
-            return row
+    def __call__(self, item: WorkItem) -> Iterator[UnitWork | UnitFailed]:
+        """The units of an item, one after the other."""
+        part, units = -1, dict[int, list[PlanRow]]()
+        inputs: Inputs | None = None
+        for unit in item.units:
+            try:
+                if unit.part != part:
+                    part, units = unit.part, by_unit(read_part(plan_folder(self.output), unit.part)[0])
+                rows = units[unit.unit]
+                container = container_of(rows)
+                if inputs is None or inputs.container.uri != container.uri:
+                    inputs = Inputs(sized(container) if container.uri else container, self.column)
+                yield self.read(unit, rows, item.mode, inputs)
+            except StorageError as error:
+                inputs = None
+                yield UnitFailed(unit, str(error))
+
+    def read(self, unit: UnitId, rows: Sequence[PlanRow], mode: Mode, inputs: Inputs) -> UnitWork:
+        """One unit.
+
+        Raises:
+            StorageError: the inputs' place itself cannot be read.
+        """
+        prior = None if mode == "new" else manifest_rows(self.output, unit.part)[unit.unit]
+        wanted = [place for place, row in enumerate(rows) if row.status is None]
+        if mode == "failed" and prior is not None:
+            wanted = [place for place in wanted if prior[place].status == "failed"]
+        work = UnitWork(unit, [start(row) for row in rows])
+        if prior is not None:
+            work.rows, work.kept = list(prior), frozenset(range(len(rows))) - frozenset(wanted)
+        faces: list[Pixels] = []
+        kept: set[int] = set()
+        data = inputs.read([rows[place].entry() for place in wanted])
         started = time.perf_counter()
+        for place, found in zip(wanted, data, strict=True):
+            before = prior[place] if prior is not None and prior[place].status == "restored" else None
+            row, face, metadata = self.one(start(rows[place]), found, before)
+            row = row._replace(seconds_read=time.perf_counter() - started) if row is not before else row
+            started = time.perf_counter()
+            work.rows[place] = row
+            if row is before:
+                kept.add(place)
+            elif face is not None:
+                work.places.append(place)
+                faces.append(face)
+                work.metadata.append(metadata)
+        work.kept |= kept
+        work.faces = np.stack(faces) if faces else None
+        return work
+
+    def one(
+        self, row: ResultRow, data: bytes | LDBFRError, before: ResultRow | None
+    ) -> tuple[ResultRow, Pixels | None, Metadata]:
+        """One input: its row, and its face (S, S, 3) unless it failed or stays as it was `before`."""
+        none = Metadata()
+        if isinstance(data, LDBFRError):
+            return before or failed(row, "unreadable", str(data)), None, none
+        row = row._replace(size=len(data), digest=hashlib.sha256(data).hexdigest())
+        if before is not None and (row.digest == before.digest or self.on_change == "keep"):
+            return before, None, none
+        if before is not None and self.on_change == "fail":
+            reason = "the input has other bytes than when it was restored; see --on-change restore"
+            return failed(row._replace(output=before.output, member=before.member), "changed", reason), None, none
         try:
-            data = storage.read_bytes(row.input, max_bytes=self.limits.max_bytes)
-            row = replace(row, size=len(data), digest=hashlib.sha256(data).hexdigest())
-            pixels = decode_image(data, name=row.key, limits=self.limits)
-            row = replace(row, height=pixels.shape[0], width=pixels.shape[1])
+            pixels, metadata = decode_with_metadata(data, name=row.input, limits=self.limits)
             square = crop_to_square(pixels)
             face = resize(square, self.side, self.side)
-        except LDBFRError as error:
-            return row.failed(str(error), seconds_read=time.perf_counter() - started)
+        except InputError as error:
+            return failed(row, "broken", str(error)), None, none
         except MemoryError:
-            reason = f"{row.key}: the memory does not suffice to decode it; shrink it, or give the machine more"
-            return row.failed(reason, seconds_read=time.perf_counter() - started)
-        return replace(
-            row,
-            status="read",
-            note=describe_fit(pixels, self.side),
-            pixels=face.tobytes(),
-            sheet_input=thumbnail(square) if row.index in self.picks else None,
-            seconds_read=time.perf_counter() - started,
-        )
+            reason = "the memory does not suffice to decode it; shrink it, or give the machine more"
+            return failed(row, "too large", reason), None, none
+        height, width = pixels.shape[:2]
+        return row._replace(width=width, height=height, note=describe_fit(pixels, self.side)), face, metadata
+
+
+def start(row: PlanRow) -> ResultRow:
+    """The row of an input as it sets out; it ends as failed unless something better comes."""
+    if row.status is not None:
+        return settled(row)
+    return ResultRow(row.name, row.key, "failed", "unfinished", size=row.size or None)
+
+
+def by_unit(rows: Sequence[PlanRow]) -> dict[int, list[PlanRow]]:
+    """The rows of a part, by unit."""
+    units: dict[int, list[PlanRow]] = {}
+    for row in rows:
+        units.setdefault(row.unit, []).append(row)
+    return units
+
+
+def container_of(rows: Sequence[PlanRow]) -> Container:
+    """What the rows of a unit are read from; archives that are read by ranges need not be told apart."""
+    forward = next((row for row in rows if row.kind in FORWARD), None)
+    return Container(forward.kind, forward.uri, "") if forward else Container("file", "", "")
 
 
 def describe_fit(pixels: Pixels, side: int) -> str | None:
@@ -76,29 +220,75 @@ def describe_fit(pixels: Pixels, side: int) -> str | None:
     return ", ".join(done) or None
 
 
-def thumbnail(pixels: Pixels) -> bytes:
-    """A PNG of a square picture, at most THUMBNAIL_SIDE wide."""
-    side = min(len(pixels), THUMBNAIL_SIDE)
-    return encode_image(resize(pixels, side, side), "png")
+# ---- restore ----
 
 
-def restore_faces(pipeline: LDBFRPipeline, rows: Sequence[FaceRow], settings: RestoreSettings) -> list[FaceRow]:
-    """read -> modelled, or failed; rows that have failed before pass through.
+@dataclass
+class UnitRestorer:
+    """Runs the model on units, in micro-batches over all of a unit's faces.
 
-    A batch that the model refuses is tried again image by image, so that only the culprit fails.
+    Args:
+        pipeline: the model.
+        settings: of the restoration.
+        batch_size: most faces at a time; halved for good when the memory does not suffice.
     """
-    good = [row for row in rows if row.status == "read"]
-    done = {row.index: row for row in restore_batch(pipeline, good, settings)} if good else {}
-    return [done.get(row.index, row) for row in rows]
 
+    pipeline: LDBFRPipeline
+    settings: RestoreSettings
+    batch_size: int
 
-def restore_batch(pipeline: LDBFRPipeline, rows: Sequence[FaceRow], settings: RestoreSettings) -> list[FaceRow]:
-    """Restore rows in one call of the pipeline, or one by one if that raises."""
-    side = settings.side
-    faces = np.stack([np.frombuffer(row.pixels or b"", np.uint8).reshape(side, side, 3) for row in rows])
-    started = time.perf_counter()
-    try:
-        result = pipeline(
+    def __call__(self, work: UnitWork) -> UnitWork:
+        """Restore the faces; those that the model refuses become failed rows."""
+        if work.faces is None:
+            return work
+        images, first_stages, chosen = [], [], []
+        start = 0
+        while start < len(work.faces):
+            numbers = list(range(start, min(start + self.batch_size, len(work.faces))))
+            done = self.batch(work, numbers)
+            if done is None:
+                continue  # the same faces again, fewer at a time
+            for number, image, first_stage in done:
+                chosen.append(number)
+                images.append(image)
+                first_stages.append(first_stage)
+            start += len(numbers)
+        work.keep(chosen)
+        work.restored = np.stack(images) if images else None
+        work.first_stage = np.stack(first_stages) if images and self.settings.first_stage else None
+        if not images:
+            work.faces = None
+        return work
+
+    def batch(self, work: UnitWork, numbers: list[int]) -> list[tuple[int, Pixels, Pixels]] | None:
+        """Restore some of the faces: number, image, first stage of each; None where they were too many at a time.
+
+        A micro-batch that the model refuses is tried again face by face, so that only the culprit fails.
+        """
+        assert work.faces is not None
+        started = time.perf_counter()
+        try:
+            result = self.run(work.faces[numbers])
+        except (LDBFRError, RuntimeError) as error:  # torch raises RuntimeError, for want of memory too
+            if is_out_of_memory(error) and len(numbers) > 1:
+                self.batch_size = max(1, len(numbers) // 2)
+                release_memory()
+                return None
+            if len(numbers) > 1:
+                return [done for number in numbers for done in self.batch(work, [number]) or ()]
+            reason = f"the model failed ({str(error).strip()}); try it alone on another --device"
+            work.fail([work.places[numbers[0]]], "model", reason)
+            return []
+        seconds = (time.perf_counter() - started) / len(numbers)
+        for number in numbers:
+            place = work.places[number]
+            work.rows[place] = work.rows[place]._replace(seconds_model=seconds, worker=this_worker())
+        return list(zip(numbers, result.images, result.first_stage, strict=True))
+
+    def run(self, faces: Pixels) -> Any:
+        """One call of the pipeline."""
+        settings = self.settings
+        return self.pipeline(
             faces,
             num_inference_steps=settings.steps,
             start_step=settings.start_step,
@@ -108,66 +298,18 @@ def restore_batch(pipeline: LDBFRPipeline, rows: Sequence[FaceRow], settings: Re
             seed=settings.seed,
             return_first_stage=True,
         )
-    except (LDBFRError, RuntimeError) as error:  # torch raises RuntimeError, for want of memory too
-        if len(rows) > 1:
-            return [done for row in rows for done in restore_batch(pipeline, [row], settings)]
-        reason = f"{rows[0].key}: the model failed ({str(error).strip()}); try it alone on another --device"
-        return [rows[0].failed(reason, seconds_model=time.perf_counter() - started)]
-    seconds = (time.perf_counter() - started) / len(rows)
-    return [
-        replace(
-            row,
-            status="modelled",
-            pixels=image.tobytes(),
-            first_stage_pixels=first.tobytes() if settings.first_stage or row.sheet_input else None,
-            seconds_model=seconds,
-        )
-        for row, image, first in zip(rows, result.images, result.first_stage, strict=True)
-    ]
 
 
-@dataclass(frozen=True)
-class Writer:
-    """Encodes a result and puts it where its key says, whole or not at all.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised this for want of memory, on a GPU or a CPU."""
+    import torch
 
-    Args:
-        output: URI of the run's output.
-        settings: format, quality, side.
-    """
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-    output: str
-    settings: RestoreSettings
 
-    def __call__(self, row: FaceRow) -> FaceRow:
-        """modelled -> restored, or failed; the pictures leave the row."""
-        if row.status != "modelled":
-            return row
-        started = time.perf_counter()
-        image = self.picture(row.pixels)
-        first = None if row.first_stage_pixels is None else self.picture(row.first_stage_pixels)
-        try:
-            if self.settings.first_stage and first is not None:
-                row = replace(row, first_stage=self.put(row, first, FIRST_STAGE_FOLDER))
-            row = replace(row, output=self.put(row, image))
-        except LDBFRError as error:
-            return row.failed(str(error), seconds_write=time.perf_counter() - started)
-        return replace(
-            row,
-            status="restored",
-            pixels=None,
-            first_stage_pixels=None,
-            sheet_first_stage=thumbnail(first) if row.sheet_input and first is not None else None,
-            sheet_restored=thumbnail(image) if row.sheet_input else None,
-            seconds_write=time.perf_counter() - started,
-        )
+def release_memory() -> None:
+    """Give back what torch keeps for later."""
+    import torch
 
-    def picture(self, data: bytes | None) -> Pixels:
-        """(S, S, 3) from a row's bytes."""
-        return np.frombuffer(data or b"", np.uint8).reshape(self.settings.side, self.settings.side, 3)
-
-    def put(self, row: FaceRow, image: Pixels, *folder: str) -> str:
-        """Encode and write one picture; its URI."""
-        uri = storage.join(self.output, *folder, row.output_key)
-        format = format_of_output(row.key, self.settings.format)
-        storage.write_bytes(uri, encode_image(image, format, quality=self.settings.quality))
-        return uri
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
