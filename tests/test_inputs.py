@@ -23,7 +23,8 @@ from ldbfr.inputs.entries import Container, Entry, Other
 from ldbfr.inputs.keys import image_key, path_of_key
 from ldbfr.inputs.sources import find_inputs
 from ldbfr.preparation.plan import Plan
-from ldbfr.preparation.run import Preparation, run_here
+from ldbfr.preparation.run import Preparation
+from ldbfr.runner import run_here
 from tests.preparing import (
     as_face,
     damage,

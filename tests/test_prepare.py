@@ -23,8 +23,9 @@ from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
 from ldbfr.images import decode_image
 from ldbfr.inputs.keys import image_key
 from ldbfr.inputs.sources import find_inputs, label_sources
-from ldbfr.preparation.run import WORK_FOLDER, Item, Preparation, Result, run_here
+from ldbfr.preparation.run import WORK_FOLDER, Preparation
 from ldbfr.preparation.units import split_of
+from ldbfr.runner import Item, Result, run_here
 from tests import tiny
 from tests.faulty_proxy import FaultyProxy
 from tests.preparing import (

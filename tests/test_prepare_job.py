@@ -26,7 +26,8 @@ from ldbfr.errors import InputError
 from ldbfr.images import to_float
 from ldbfr.models.vqgan import VQGAN
 from ldbfr.preparation.latents import PART_FACES, encode_part, latent_requests
-from ldbfr.preparation.run import WORK_FOLDER, Preparation, run_here
+from ldbfr.preparation.run import WORK_FOLDER, Preparation
+from ldbfr.runner import run_here
 from ldbfr.training.run import load_stage_network, remember_preset
 from tests import tiny
 from tests.conftest import REPOSITORY
@@ -194,11 +195,11 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, s3_root: str, ray_fol
         ({"shard_images": 0}, "--shard-images 0: expected 1 to 100,000"),
         ({"workers": 0}, "--workers 0: expected 1 to 10,000"),
         ({"input": "missing"}, "/missing: there is no such file or folder; check the path"),
-        ({"input": "notes.txt"}, "expected a folder, an image or an archive (.tar, .tar.gz, .tgz, .zip, .parquet)"),
+        ({"input": "notes.md"}, "expected a folder, an image, an archive (.tar, .tar.gz, .tgz, .zip, .parquet) or a"),
         ({"input": "empty"}, "nothing is there; check the place"),
         ({"input": "http://x/y"}, "unsupported URI, expected a local path, file:///path or s3://bucket/key"),
         ({"output": "in/out"}, "one is the other or lies in it, so results would be read as input"),
-        ({"output": "notes.txt/out"}, "a file stands where a folder is needed"),
+        ({"output": "notes.md/out"}, "a file stands where a folder is needed"),
     ],
 )
 def test_what_cannot_work_is_refused_before_ray_starts(
@@ -208,7 +209,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(
     options: dict[str, object],
     text: str,
 ) -> None:
-    put(tmp_path, {"in/1.png": pngs(1)[0], "notes.txt": b"x"})
+    put(tmp_path, {"in/1.png": pngs(1)[0], "notes.md": b"x"})
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "connected", lambda *_: pytest.fail("Ray was started"))
