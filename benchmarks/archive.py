@@ -4,6 +4,8 @@
     python benchmarks/archive.py memory --data faces.tar --output benchmarks/results/archive.json
     python benchmarks/archive.py scale --output benchmarks/results/archive.json
 
+    python benchmarks/archive.py tables --results benchmarks/results/archive.json   # into docs/scale.md
+
 `throughput` compares the whole job with the bare pipeline in a loop over faces that lie in memory, with the same batch
 and threads. `memory` compares the peak of all processes of a small and of a ten times larger archive. `scale` lists ten
 million inputs, and takes up a run of which nearly all is done. Every figure comes from real commands or, for `scale`,
@@ -247,6 +249,71 @@ def pretended(place: int) -> ResultRow:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Write the results down in docs/scale.md."""
+
+    results: Path = REPOSITORY / "benchmarks" / "results" / "archive.json"
+    """What the other commands wrote."""
+    page: Path = REPOSITORY / "docs" / "scale.md"
+    """The page, which has a place for them."""
+
+    def __call__(self) -> None:
+        """Replace what stands between the marks."""
+        text = self.page.read_text("utf-8")
+        self.page.write_text(with_tables(text, json.loads(self.results.read_text("utf-8"))), "utf-8")
+
+
+MARKS = ("<!-- written by benchmarks/archive.py tables -->\n", "<!-- to here -->\n")
+
+
+def with_tables(page: str, results: dict[str, Any]) -> str:
+    """The page with the tables of these results between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return "".join([before, MARKS[0], tables(results), MARKS[1], after])
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    through, memory, scale = (results[name] for name in ("throughput", "memory", "scale"))
+    small, large = memory["images"]
+    before, after = through["bare pipeline, images/s"]
+    lines = [
+        f"| {through['images']:,} images, {through['weights']}, batch {through['batch size']} | |",
+        "|---|---|",
+        f"| bare pipeline loop, before and after | {before} and {after} images/s |",
+        f"| the job, from its command to its end | {through['job from its command to its end, images/s']} images/s, "
+        f"{through['job / bare, from command to end']:.1%} of the bare loop |",
+        f"| the job after its first unit of 128 | {through['job after its first unit, images/s']} images/s, "
+        f"{through['job / bare, after the first unit']:.1%} |",
+        "",
+        "| memory | " + " | ".join(f"{count:,} images" for count in (small, large)) + " | growth |",
+        "|---|---|---|---|",
+        "| peak of all processes | "
+        + " | ".join(f"{peak:,} MiB" for peak in memory["peak of all processes (PSS), MiB"])
+        + f" | {memory['growth']:+.1%} |",
+        "| of it the driver | " + " | ".join(f"{peak:,} MiB" for peak in memory["peak of the driver, MiB"]) + " | |",
+        "",
+        f"| inputs | {scale['rows']:,}, measured | 1,000,000,000, computed |",
+        "|---|---|---|",
+    ]
+    times = 1e9 / scale["rows"]
+    for name, title in (("planning", "listing into a plan"), ("resuming", "finding out what is left")):
+        figures = scale[name]
+        held = figures["peak, MiB"] - figures["of it imports, MiB"]
+        lines += [
+            f"| {title}: time | {figures['seconds']:,.0f} s | {figures['seconds'] * times / 60:,.0f} min |",
+            f"| memory beyond the program's own {figures['of it imports, MiB']:,} MiB | {held:,} MiB | "
+            f"{held * times / 1024:,.1f} GiB at most |",
+        ]
+    parts, size = scale["planning"]["parts"], scale["planning"]["bytes a row"]
+    lines.append(f"| parts of plan and manifest | {parts:,} | {parts * times:,.0f} |")
+    lines.append(f"| size of the plan | {size * scale['rows'] / 1e6:,.0f} MB | {size:.1f} GB |")
+    machines = {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in (through, memory, scale)}
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(machines))}.", ""])
+
+
 # ---- measuring ----
 
 
@@ -345,8 +412,10 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def main(chosen: Throughput | Memory | Scale) -> None:
+def main(chosen: Throughput | Memory | Scale | Tables) -> None:
     """Measure, print, and write beside what is there."""
+    if isinstance(chosen, Tables):
+        return chosen()
     name = type(chosen).__name__.lower()
     results = {"command": " ".join(["python", "benchmarks/archive.py", *sys.argv[1:]]), "machine": machine()}
     results |= chosen()
@@ -362,5 +431,6 @@ if __name__ == "__main__":
         Annotated[Throughput, tyro.conf.subcommand("throughput", prefix_name=False)]
         | Annotated[Memory, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Scale, tyro.conf.subcommand("scale", prefix_name=False)]
+        | Annotated[Tables, tyro.conf.subcommand("tables", prefix_name=False)]
     )
     main(tyro.cli(Commands, description=__doc__))

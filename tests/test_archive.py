@@ -29,6 +29,7 @@ from ldbfr.runner import run_here
 from tests import tiny
 from tests.archiving import folder, manifest, png, restore_here, run_settings
 from tests.bucket import Bucket, Crash
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -392,3 +393,15 @@ def test_the_first_failures_are_told() -> None:
     assert lines[0] == "  0.png: broken"
     assert lines[-1] == "  … and 2 more: see the manifest"
     assert len(lines) == 11
+
+
+# ---- the page of measurements ----
+
+
+def test_the_page_has_the_measured_numbers() -> None:
+    from benchmarks.archive import with_tables
+
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "archive.json").read_text("utf-8"))
+    page = (REPOSITORY / "docs" / "scale.md").read_text("utf-8")
+
+    assert with_tables(page, results) == page, "run: python benchmarks/archive.py tables"

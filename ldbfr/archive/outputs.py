@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal, NamedTuple
@@ -30,7 +30,7 @@ from ldbfr.archive.rows import Picture, ResultRow
 from ldbfr.archive.settings import RunSettings
 from ldbfr.archive.steps import UnitFailed, UnitWork, failed
 from ldbfr.data.ranges import THREADS, in_parallel
-from ldbfr.errors import LDBFRError, StorageError
+from ldbfr.errors import InputError, LDBFRError, StorageError
 from ldbfr.evaluation.metrics import sharpness
 from ldbfr.images import Pixels, encode_image, resize
 from ldbfr.metadata import Metadata, encode_with_metadata
@@ -86,22 +86,21 @@ class UnitWriter:
             return UnitFailed(work.id, str(error), fatal=scope(error) == "all")
         return done
 
-    def encode(self, work: UnitWork) -> list[Shown]:
-        """The files of every face that is in work; their rows get everything but where they lie."""
-        shown = []
+    def encode(self, work: UnitWork) -> dict[int, Shown]:
+        """The files of every face that is in work, by its row's place; rows get everything but where the files lie."""
+        shown = {}
         restore = self.settings.restore
         for number, place in enumerate(work.places):
             started = time.perf_counter()
             row = work.rows[place]
             assert work.faces is not None
             assert work.restored is not None
-            face, image, metadata = work.faces[number], work.restored[number], work.metadata[number]
-            files = {"": self.file(row, image, metadata)}
-            if work.first_stage is not None:
-                files[FIRST_STAGE_FOLDER] = self.file(row, work.first_stage[number], metadata)
-            if restore.side_by_side:
-                files[SIDE_BY_SIDE_FOLDER] = self.file(row, np.concatenate([face, image], axis=1), metadata)
-            shown.append(Shown(output_key(row.key, restore.format), files))
+            face, image = work.faces[number], work.restored[number]
+            try:
+                shown[place] = Shown(output_key(row.key, restore.format), self.files(work, number))
+            except InputError as error:  # a format that cannot hold it
+                work.rows[place] = failed(row, "not written", str(error))
+                continue
             work.rows[place] = row._replace(
                 status="restored",
                 cause=None,
@@ -114,6 +113,20 @@ class UnitWriter:
                 seconds_write=time.perf_counter() - started,
             )
         return shown
+
+    def files(self, work: UnitWork, number: int) -> dict[str, bytes]:
+        """What is written of a face, by folder."""
+        row, metadata = work.rows[work.places[number]], work.metadata[number]
+        assert work.faces is not None
+        assert work.restored is not None
+        image = work.restored[number]
+        files = {"": self.file(row, image, metadata)}
+        if work.first_stage is not None:
+            files[FIRST_STAGE_FOLDER] = self.file(row, work.first_stage[number], metadata)
+        if self.settings.restore.side_by_side:
+            both = np.concatenate([work.faces[number], image], axis=1)
+            files[SIDE_BY_SIDE_FOLDER] = self.file(row, both, metadata)
+        return files
 
     def file(self, row: ResultRow, image: Pixels, metadata: Metadata) -> bytes:
         """One encoded picture, with where it comes from."""
@@ -131,20 +144,22 @@ class UnitWriter:
 
     # ---- files ----
 
-    def write_files(self, work: UnitWork, shown: Sequence[Shown]) -> None:
+    def write_files(self, work: UnitWork, shown: Mapping[int, Shown]) -> None:
         """Every picture as a file of its own.
 
         Raises:
             StorageError: the output itself fails.
         """
 
+        places = list(shown)
+
         def write(number: int) -> None:
             started = time.perf_counter()
-            place = work.places[number]
+            place = places[number]
             row = work.rows[place]
             try:
                 # The result itself, "", comes last: where it is, all the others are.
-                key, files = shown[number]
+                key, files = shown[place]
                 uris = {folder: self.put(key, folder, files[folder]) for folder in sorted(files, reverse=True)}
             except LDBFRError as error:
                 if isinstance(error, StorageError) and scope(error) != "one":
@@ -159,7 +174,7 @@ class UnitWriter:
                 finished=time.time(),
             )
 
-        in_parallel(write, len(shown), 1 if storage.is_local(self.output) else THREADS)
+        in_parallel(write, len(places), 1 if storage.is_local(self.output) else THREADS)
 
     def put(self, key: str, folder: str, data: bytes) -> str:
         """Write one picture; its URI."""
@@ -169,7 +184,7 @@ class UnitWriter:
 
     # ---- shards ----
 
-    def write_shard(self, work: UnitWork, shown: Sequence[Shown]) -> None:
+    def write_shard(self, work: UnitWork, shown: Mapping[int, Shown]) -> None:
         """All pictures of the unit in one file, in the order of the inputs; what was kept of an earlier one stays.
 
         Raises:
@@ -177,8 +192,8 @@ class UnitWriter:
         """
         uri = shard_uri(self.output, work.id, self.settings.layout)
         started = time.perf_counter()
-        members: dict[int, Shown] = dict(zip(work.places, shown, strict=True))
-        kept = [place for place in sorted(work.kept) if work.rows[place].output == uri]
+        members = dict(shown)
+        kept = [place for place, row in enumerate(work.rows) if row.output == uri and place not in shown]
         if kept:
             before = {one.key: one for one in read_shard(uri)}
             members |= {place: before[work.rows[place].member or ""] for place in kept}
@@ -190,7 +205,7 @@ class UnitWriter:
         else:
             write_rows(uri, [shard_row(one) for one in ordered], ShardRow)
         share = (time.perf_counter() - started) / len(members)
-        for place, one in zip(work.places, shown, strict=True):
+        for place, one in shown.items():
             row = work.rows[place]
             work.rows[place] = row._replace(
                 output=uri,

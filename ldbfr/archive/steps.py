@@ -45,8 +45,6 @@ class UnitWork:
     metadata: list[Metadata] = field(default_factory=list)
     restored: Pixels | None = None
     first_stage: Pixels | None = None
-    kept: frozenset[int] = frozenset()
-    """Which rows stand as an earlier run left them."""
 
     def fail(self, places: Sequence[int], cause: str, reason: str) -> None:
         """Let the rows at these places fail, all for one reason."""
@@ -143,9 +141,8 @@ class UnitReader:
             wanted = [place for place in wanted if prior[place].status == "failed"]
         work = UnitWork(unit, [start(row) for row in rows])
         if prior is not None:
-            work.rows, work.kept = list(prior), frozenset(range(len(rows))) - frozenset(wanted)
+            work.rows = list(prior)
         faces: list[Pixels] = []
-        kept: set[int] = set()
         data = inputs.read([rows[place].entry() for place in wanted])
         started = time.perf_counter()
         for place, found in zip(wanted, data, strict=True):
@@ -154,13 +151,10 @@ class UnitReader:
             row = row._replace(seconds_read=time.perf_counter() - started) if row is not before else row
             started = time.perf_counter()
             work.rows[place] = row
-            if row is before:
-                kept.add(place)
-            elif face is not None:
+            if face is not None:
                 work.places.append(place)
                 faces.append(face)
                 work.metadata.append(metadata)
-        work.kept |= kept
         work.faces = np.stack(faces) if faces else None
         return work
 
