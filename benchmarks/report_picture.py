@@ -7,18 +7,26 @@ Needs Chromium and the extras `demo` and `test`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout will do
 
+import boto3
+
 from jobs.demo import PORTRAITS, SPLITS
+from ldbfr import storage
 from ldbfr.archive.settings import Weights
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.images import encode_image
+from tests.s3_server import moto_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COPIES = 40
@@ -44,19 +52,33 @@ def write_inputs(folder: Path) -> None:
     (folder / "index.csv").write_text("name,year\n")
 
 
+@contextmanager
+def bucket(name: str) -> Iterator[None]:
+    """An S3 server on this machine, with a bucket in it."""
+    with moto_server() as endpoint:
+        os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=name)
+        yield
+
+
 def main() -> None:
     """Restore, and take the picture of the page's beginning."""
     from playwright.sync_api import sync_playwright
 
-    with tempfile.TemporaryDirectory(prefix="ldbfr-") as scratch:
-        source, output = Path(scratch, "portraits"), Path(scratch, "restored")
+    with tempfile.TemporaryDirectory(prefix="ldbfr-") as scratch, bucket("museum"):
+        source, output = Path(scratch, "portraits"), "s3://museum/restored"
         write_inputs(source)
-        job = [sys.executable, str(REPOSITORY / "jobs" / "restore.py"), "--input", str(source), "--output", str(output)]
-        subprocess.run([*job, "--shard-images", "32"], check=True)
+        with zipfile.ZipFile(Path(scratch, "portraits.zip"), "w") as archive:
+            for path in sorted(source.rglob("*.*")):
+                archive.write(path, path.relative_to(source))
+        storage.put_file(Path(scratch, "portraits.zip"), "s3://museum/scans/portraits.zip")
+        job = [sys.executable, str(REPOSITORY / "jobs" / "restore.py"), "--input", "s3://museum/scans"]
+        subprocess.run([*job, "--output", output, "--shard-images", "32"], check=True)
+        Path(scratch, "report.html").write_bytes(storage.read_bytes(f"{output}/report.html"))
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-            page.goto(f"file://{output / 'report.html'}")
+            page.goto(f"file://{scratch}/report.html")
             page.screenshot(path=str(REPOSITORY / "docs" / "images" / "archive-report.png"), full_page=False)
             browser.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,8 +71,23 @@ def place_workers(
         raise ConfigError(f"--workers {count}: they and their readers need {needed} CPUs, the cluster has {cpus}")
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     threads = max(1, num_cores() // count) if own else max(1, min((cpus - 1) // count, largest - 1))
-    share = (min(1.0, there / count) if gpus is None else gpus) if on_gpus else 0.0
+    share = gpu_share(count, int(there), gpus) if on_gpus else 0.0
     return Workers(count, device, 1 if on_gpus else threads, batch_size, least, share)
+
+
+def gpu_share(count: int, there: int, asked: float | None) -> float:
+    """What of a GPU each worker takes: all of one, or an equal part where there are more workers than GPUs.
+
+    Raises:
+        ConfigError: that many do not fit.
+    """
+    share = 1 / max(1, math.ceil(count / there)) if asked is None else asked
+    if there * int(1 / share) < count:
+        raise ConfigError(
+            f"--gpus-per-worker {share:g}: {count} workers do not fit on {there} GPUs; ask for fewer workers, or for "
+            "smaller shares"
+        )
+    return share
 
 
 def num_cpus() -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout will do
 
@@ -21,7 +23,6 @@ from ldbfr.archive.plan import Plan
 from ldbfr.archive.rounds import Rounds, TooManyFailuresError
 from ldbfr.archive.run import Run, check_places, lock_uri, report, write_status
 from ldbfr.archive.settings import RestoreSettings, RunSettings, Weights, images_in_a_unit
-from ldbfr.archive.steps import OnChange
 from ldbfr.config import SchedulerName, check_range
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
 from ldbfr.lease import Lease
@@ -31,6 +32,8 @@ from ldbfr.runner import Item, Result, run_here
 
 log = logging.getLogger("restore")
 
+MOST_UNIT_BYTES = 2**28
+"""Of the faces of a unit: several units have to fit into Ray's object store."""
 ARCHIVES_LISTED_HERE = 16
 """Archives that are not worth the start of Ray."""
 
@@ -96,7 +99,7 @@ class Restore:
     """Of parquet files: the one with the images' bytes or URIs; found when left out."""
     shard_images: int | None = None
     """Images between two records of what is done, and in a shard; 128, fewer of large faces, when left out."""
-    on_change: OnChange = "keep"
+    on_change: Literal["keep", "restore", "fail"] = "keep"
     """Of a finished input, when the command is given again: "keep" does not read it; "restore" and "fail" read every
     input again, and restore it, or let it fail, if its bytes are others than before."""
     max_failures: float = 0.5
@@ -115,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     request = tyro.cli(Restore, args=arguments, prog="restore.py")
-    command = "python jobs/restore.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    command = "python jobs/restore.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     started = False
     try:
         workers = check(request)
@@ -138,8 +141,6 @@ def main(arguments: list[str] | None = None) -> int:
 def check(request: Restore) -> tuple[int, int]:
     """Refuse what cannot work before anything is listed or started; the least (0 for all) and the most workers."""
     check_range("--batch-size", request.batch_size, 1, 4096, "16 suits a CPU")
-    if request.shard_images is not None:
-        check_range("--shard-images", request.shard_images, 1, 100_000, "128 suits small faces")
     if not 0 <= request.max_failures <= 1:
         raise ConfigError(f"--max-failures {request.max_failures}: expected a share from 0 to 1; 0.5 is the default")
     if request.device is not None and request.device not in ("cpu", "cuda"):
@@ -186,12 +187,15 @@ def run_settings(request: Restore, weights: Weights) -> RunSettings:
         side_by_side=request.side_by_side,
         keep_metadata=request.keep_metadata,
     )
+    most = max(1, MOST_UNIT_BYTES // (3 * restore.side**2))
+    shard_images = images_in_a_unit(restore.side) if request.shard_images is None else request.shard_images
+    check_range("--shard-images", shard_images, 1, min(most, 100_000), "a unit's faces travel together")
     return RunSettings(
         inputs=tuple(sorted({absolute(uri) for uri in request.input})),
         column=request.column,
         weights=weights.digest,
         layout=request.layout,
-        shard_images=request.shard_images or images_in_a_unit(restore.side),
+        shard_images=shard_images,
         batch_size=request.batch_size,
         restore=restore,
     )
@@ -240,9 +244,14 @@ def restore(request: Restore, run: Run, weights: Weights, cluster: Cluster, chec
     if not is_planned(run.output):
         log.info("listing %s", ", ".join(settings.inputs))
     sources = Sources(settings.inputs, run.output, settings.column, settings.shard_images)
-    plan = Plan(tuple(make_plan(sources, cluster.lister)))
+    try:
+        plan = Plan(tuple(make_plan(sources, cluster.lister)))
+    except InputError:
+        run.forget()  # a mistyped place should not spoil the output
+        raise
     if request.on_change != "keep":
-        log.info("%s finished inputs will be read again", f"{do_again(run.output, 'changed'):,}")
+        count = do_again(run.output, request.on_change)
+        log.info("%s inputs will be read again", f"{count:,}" if count else "the rest of the finished")
     ledger = Ledger.read(run.output, plan, check)
     failed = sum(part.failed for part in plan.parts)
     skipped = sum(part.skipped for part in plan.parts)
@@ -293,12 +302,12 @@ def work_off(
         metrics.update(rounds.ledger.done)
         progress.update()
 
-    rounds.execute = restore_flow.RayExecution(run.output, settings, weights.reference, workers, request.on_change)
+    rounds.execute = restore_flow.RayExecution(run.output, settings, weights.reference, workers)
     rounds.progress = after
     try:
         rounds()
     except TooManyFailuresError:
-        print("\n".join(progress.tally.describe_failures()), file=sys.stderr)
+        print("\n".join([*progress.tally.describe_failures(), report(run.output)]), file=sys.stderr)
         raise
 
 

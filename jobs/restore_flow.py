@@ -16,7 +16,7 @@ from ldbfr.archive.ledger import UnitDone
 from ldbfr.archive.outputs import UnitWriter
 from ldbfr.archive.plan import WorkItem
 from ldbfr.archive.settings import RunSettings
-from ldbfr.archive.steps import OnChange, UnitFailed, UnitReader, UnitRestorer, UnitWork
+from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer, UnitWork
 from ldbfr.errors import WeightsError
 
 if TYPE_CHECKING:  # readers and writers import this file too, and do without the networks
@@ -43,14 +43,12 @@ class RayExecution:
         settings: of the run.
         weights: finds the weights on any node.
         workers: the model's actors.
-        on_change: see `UnitReader`.
     """
 
     output: str
     settings: RunSettings
     weights: str
     workers: Workers
-    on_change: OnChange
 
     def __call__(self, items: Sequence[WorkItem]) -> Iterator[UnitDone | UnitFailed]:
         """What became of every unit, in any order.
@@ -59,7 +57,7 @@ class RayExecution:
             LDBFRError: a worker cannot start.
         """
         side = self.settings.restore.side
-        reader = UnitReader(self.output, side, self.settings.column, self.on_change)
+        reader = UnitReader(self.output, side, self.settings.column)
         workers = self.workers
         yield from flow(
             items,

@@ -124,6 +124,15 @@ def exists(uri: str) -> bool:
     return _s3_size(uri) is not None
 
 
+def size_of(uri: str) -> int | None:
+    """Bytes of an object; None where there is none."""
+    if not is_local(uri):
+        return _s3_size(uri)
+    with _local_errors(uri, "look up"):
+        path = local_path(uri)
+        return path.stat().st_size if path.is_file() else None
+
+
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """The whole content of an object; StorageError, before it is read, if it is larger than `max_bytes`."""
     if is_local(uri):

@@ -31,7 +31,7 @@ from ldbfr.archive.rounds import Rounds
 from ldbfr.archive.rows import ResultRow
 from ldbfr.archive.run import Run
 from ldbfr.archive.settings import RestoreSettings, RunSettings
-from ldbfr.archive.steps import OnChange, UnitFailed, UnitReader, UnitRestorer
+from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.runner import run_here
 from ldbfr.tables import from_table
@@ -127,13 +127,12 @@ class LocalExecution:
 
     output: str
     settings: RunSettings
-    on_change: OnChange = "keep"
     restore: Callable[..., Any] | None = None
     read: list[str] = field(default_factory=list)
     """Keys of the inputs that the model saw."""
 
     def __call__(self, items: Sequence[WorkItem]) -> Iterator[UnitDone | UnitFailed]:
-        reader = UnitReader(self.output, self.settings.restore.side, self.settings.column, self.on_change)
+        reader = UnitReader(self.output, self.settings.restore.side, self.settings.column)
         restorer = self.restore or UnitRestorer(pipeline(), self.settings.restore, self.settings.batch_size)
         writer = UnitWriter(self.output, self.settings)
         for item in items:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- names ----
 
 SEGMENTS = st.sampled_from(["a", "b.jpg", "_ldbfr", "_ldbfr_", "_first-stage", "shards", "manifest", "report.html"])
-STEMS = st.sampled_from(["a", "A", "a.jpg", "a.png", "a.jpg.png", "a.bmp", "manifest", "report.html", "é"])
+STEMS = st.sampled_from(["a", "A", "a.jpg", "a.png", "a.jpg.png", "a.bmp", "manifest", "report.html", "é", "", "a."])
 SUFFIXES = st.sampled_from([".png", ".PNG", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".png.png", ".jpg.png"])
 KEYS = st.builds(
     lambda folders, stem, suffix: "/".join([*folders, stem + suffix]), st.lists(SEGMENTS, max_size=2), STEMS, SUFFIXES
@@ -91,7 +92,7 @@ def test_images_are_known_by_their_suffix() -> None:
     assert is_image("b.tiff")
     assert not is_image("png")
     assert not is_image("a.png/notes.txt")
-    assert not is_image(".png")
+    assert is_image("a/.png"), "as the listing sees it"
 
 
 # ---- places ----
@@ -214,6 +215,28 @@ def test_a_place_without_images_is_refused(tmp_path: Path) -> None:
     assert sum(p.rows for p in make_plan(sources(str(tmp_path / "in"), output=str(tmp_path / "out")), run_here)) == 3
 
 
+def test_archives_are_listed_anew_after_a_place_without_images(tmp_path: Path) -> None:
+    def pack(name: str, files: dict[str, bytes]) -> None:
+        with zipfile.ZipFile(tmp_path / "in" / name, "w") as archive:
+            for key, data in files.items():
+                archive.writestr(key, data)
+
+    (tmp_path / "in").mkdir()
+    pack("notes.zip", {"a.txt": b"x"})
+    given = sources(str(tmp_path / "in"), output=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no images"):
+        make_plan(given, run_here)
+    pack("a.zip", {"1.png": png(), "2.png": png()})
+
+    parts = make_plan(given, run_here)
+    rows = [row for number in range(len(parts)) for row in read_part(plan_folder(given.output), number)[0]]
+    assert [(row.key, row.status) for row in rows] == [
+        ("a.zip/1.png", None),
+        ("a.zip/2.png", None),
+        ("notes.zip/a.txt", "skipped"),
+    ]
+
+
 def test_sources_are_listed_in_the_order_of_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = Bucket({f"s3://b/{place}/{n}.png": b"x" for place in ("z/one", "a/two") for n in range(3)})
     bucket.install(monkeypatch)
@@ -312,7 +335,7 @@ def test_the_status_follows_the_run(tmp_path: Path, tiny_weights: Path) -> None:
     restore_here(run.output, run.settings)
     text = status(run.output)
     assert f"{run.output}: finished" in text
-    assert "3 of 3 inputs in the manifest: 2 restored, 1 failed, 0 skipped" in text
+    assert "3 of 3 inputs: 2 restored, 1 failed, 0 skipped" in text
     assert f"ldbfr archive retry-failed {run.output}" in text
     assert "command: python jobs/restore.py --input in" in text
     with Lease.acquire(lock_uri(run.output), "`another`"):

@@ -333,6 +333,47 @@ def test_a_storage_that_stays_away_ends_the_run(bucket: Bucket, monkeypatch: pyt
     assert len(asked) == FAILED_IN_A_ROW * FRUITLESS_ROUNDS
 
 
+def test_a_place_that_fails_first_does_not_end_the_run_for_others(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = write_plan(200, 2, 100, monkeypatch)
+    worker, gone = Worker(), {UnitId(0, number) for number in range(FAILED_IN_A_ROW + 4)}
+
+    def execute(items: Sequence[WorkItem]) -> Iterator[UnitDone | UnitFailed]:
+        for item in items:
+            for unit in item.units:
+                yield UnitFailed(unit, "s3://other: down") if unit in gone else worker.unit(unit, item.mode)
+
+    ledger = Ledger.read(OUTPUT, plan)
+    with pytest.raises(StorageError, match="s3://other: down"):
+        Rounds(ledger, execute, pause=lambda _: None)()
+
+    assert {(part, unit) for part, (units, _) in ledger.left().items() for unit in units} == gone
+
+
+def test_failures_of_unfinished_parts_can_be_tried_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = write_plan(40, 2, 100, monkeypatch)
+    ledger, broken = Ledger.read(OUTPUT, plan), Worker(frozenset({"00000.png", "00004.png"}))
+    for number in range(6):
+        ledger.take(broken.unit(UnitId(0, number), "new"))
+
+    assert do_again(OUTPUT, "failed") == 2
+    again = Worker()
+    check_complete(bucket, go_on(plan, again), 40)
+    assert {row.status for row in manifest(bucket) if row.cause != "bad name"} == {"restored", "skipped"}
+    assert set(again.written) & {"00000.png", "00004.png"} == {"00000.png", "00004.png"}
+
+
+def test_a_check_of_everything_takes_in_what_was_to_be_retried(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = write_plan(20, 2, 8, monkeypatch)
+    go_on(plan, Worker(frozenset({"00000.png"})))
+    assert do_again(OUTPUT, "failed") == 1
+
+    assert do_again(OUTPUT, "restore") == 20
+    assert {mode for _, mode in Ledger.read(OUTPUT, plan).left().values()} == {"restore"}
+    assert do_again(OUTPUT, "restore") == 0, "it is under way"
+
+
 def test_an_output_that_fails_ends_the_run_at_once(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = write_plan(200, 2, 100, monkeypatch)
 
@@ -377,6 +418,7 @@ def test_items_follow_the_streams(bucket: Bucket, monkeypatch: pytest.MonkeyPatc
         kind = "tar.gz" if 4 <= number < 16 else "file"
         if number in (4, 16):
             cutter.end()
+            cutter.forward = number == 4
         cutter.add(plan_row(0)._replace(kind=kind, uri="s3://bucket/x.tar.gz"))
         if parts.full:
             infos.append(parts.write())

@@ -14,21 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import ExifTags, Image
 
 from ldbfr import storage
+from ldbfr.archive.faults import scope
 from ldbfr.archive.ledger import do_again
 from ldbfr.archive.naming import output_key
-from ldbfr.archive.outputs import read_shard, scope
+from ldbfr.archive.outputs import read_shard
 from ldbfr.archive.plan import UnitId
 from ldbfr.archive.rows import ResultRow
 from ldbfr.archive.settings import RunSettings
 from ldbfr.archive.steps import UnitRestorer, UnitWork, describe_fit
 from ldbfr.errors import StorageError
 from ldbfr.images import decode_image, encode_image, fit_to_side
+from ldbfr.inputs import reading
 from ldbfr.metadata import Metadata, read_provenance
 from tests import tiny
 from tests.archiving import (
@@ -231,8 +234,8 @@ def test_inputs_whose_bytes_changed(on_change: Any, tmp_path: Path) -> None:
     put_files(source, {"2.png": png(20)})
     Path(source, "5.png").unlink()
 
-    execution = LocalExecution(output, settings, on_change)
-    do_again(output, "changed")
+    execution = LocalExecution(output, settings)
+    do_again(output, on_change)
     restore_here(output, settings, execution)
 
     after = manifest(output)
@@ -246,6 +249,53 @@ def test_inputs_whose_bytes_changed(on_change: Any, tmp_path: Path) -> None:
         assert (after["2.png"].status, after["2.png"].cause) == ("failed", "changed")
         assert "--on-change restore" in str(after["2.png"].reason)
         assert outputs(output) == files
+
+
+def test_what_failed_for_its_change_stays_so_until_it_may_be_restored(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", {f"{n}.png": png(n) for n in range(6)})
+    settings, output = run_settings(source), str(tmp_path / "out")
+    restore_here(output, settings)
+    first, files = manifest(output), outputs(output)
+    put_files(source, {"2.png": png(20)})
+
+    for _ in range(2):
+        do_again(output, "fail")
+        restore_here(output, settings)
+        row = manifest(output)["2.png"]
+        assert (row.cause, row.digest, row.output) == ("changed", first["2.png"].digest, first["2.png"].output)
+        assert outputs(output) == files
+    assert do_again(output, "failed") == 0, "nothing is wrong with it"
+    put_files(source, {"2.png": png(2)})
+    do_again(output, "fail")
+    restore_here(output, settings)
+    assert manifest(output)["2.png"].status == "restored"
+    put_files(source, {"2.png": b"broken"})
+    do_again(output, "restore")
+    restore_here(output, settings)
+    row = manifest(output)["2.png"]
+    assert (row.status, row.cause, row.output) == ("failed", "broken", first["2.png"].output)
+    assert outputs(output) == files, "the old result stays, and the row says where"
+
+
+def test_a_check_that_breaks_off_goes_on_by_the_plain_command(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", {f"{n:02d}.png": png(n) for n in range(12)})
+    settings, output = run_settings(source), str(tmp_path / "out")
+    restore_here(output, settings)
+    put_files(source, {"11.png": png(20)})
+
+    class Stopped(LocalExecution):
+        def __call__(self, items: Any) -> Any:
+            yield from list(super().__call__(items[:1]))
+            raise KeyboardInterrupt
+
+    do_again(output, "restore")
+    with pytest.raises(KeyboardInterrupt):
+        restore_here(output, settings, Stopped(output, settings))
+    execution = LocalExecution(output, settings)
+    restore_here(output, settings, execution)
+
+    assert execution.read == ["11.png"]
+    assert manifest(output)["11.png"].digest == hashlib.sha256(png(20)).hexdigest()
 
 
 def test_what_is_done_is_not_read_again(tmp_path: Path) -> None:
@@ -290,6 +340,43 @@ def test_members_of_archives_mirror_their_places(tmp_path: Path) -> None:
         assert digests == {hashlib.sha256(files[key]).hexdigest()}
         pixels = [decode_image(found[f"{place}{key}"], name=key).astype(int) for place in places]
         assert max(np.abs(one - pixels[0]).max() for one in pixels) <= 1
+
+
+def test_a_stream_with_notes_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "x.tar.gz", "w:gz") as archive:
+        for number in range(60):
+            data, name = (png(number), f"{number:02d}.png") if number % 12 == 5 else (b"{}", f"{number:02d}.json")
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    opened = []
+    streams = reading.tar_values
+    monkeypatch.setattr(reading, "tar_values", lambda container: opened.append(container.uri) or streams(container))
+    ledger = restore_here(str(tmp_path / "out"), run_settings(str(tmp_path / "in"), shard_images=1))
+
+    assert sum(part.units for part in ledger.plan.parts) > 5
+    assert ledger.done == (5, 0, 55)
+    assert len(opened) == 1
+
+
+def test_a_table_that_names_the_web_fails_by_the_row(tmp_path: Path) -> None:
+    folder(tmp_path / "in", {"x.png": png()})
+    pq.write_table(pa.table({"url": ["x.png", "http://h/a.png"]}), tmp_path / "in" / "t.parquet")
+    restore_here(str(tmp_path / "out"), run_settings(str(tmp_path / "in" / "t.parquet")))
+
+    rows = manifest(str(tmp_path / "out"))
+    assert [row.status for row in rows.values()] == ["restored", "failed"]
+    assert "http:// cannot be read" in str(rows["http://h/a.png"].reason)
+
+
+def test_a_name_of_any_bytes_may_fail_too(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", {"a.png": png()})
+    os.symlink("nowhere", os.path.join(source, os.fsdecode(b"x\xff.png")))
+    restore_here(str(tmp_path / "out"), run_settings(source))
+
+    (row,) = (row for row in manifest(str(tmp_path / "out")).values() if row.status == "failed")
+    assert (row.key, row.cause) == ("x%FF.png", "unreadable")
 
 
 def test_several_sources_stay_apart(tmp_path: Path) -> None:

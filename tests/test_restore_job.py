@@ -19,7 +19,7 @@ import pytest
 from jobs import restore
 from ldbfr.archive.settings import Weights
 from ldbfr.archive.steps import UnitRestorer
-from ldbfr.errors import LDBFRError
+from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.images import decode_image, encode_image
 from ldbfr.pipeline import LDBFRPipeline
 from tests import tiny
@@ -232,7 +232,7 @@ def test_a_worker_with_other_weights_ends_the_run(weights: Path, tmp_path: Path)
     put_files(str(tmp_path / "in"), {"a.png": png()})
     settings = run_settings(str(tmp_path / "in"))
     workers = flow.Workers(1, "cpu", 1, 4)
-    execution = restore_flow.RayExecution(str(tmp_path / "out"), settings, str(weights), workers, "keep")
+    execution = restore_flow.RayExecution(str(tmp_path / "out"), settings, str(weights), workers)
 
     with pytest.raises(LDBFRError, match=r"a worker cannot start: .* on this node has other weights"):
         restore_here(str(tmp_path / "out"), settings, execution)
@@ -268,7 +268,7 @@ def inputs(tmp_path: Path) -> Path:
         ({"workers": "3:2"}, "--workers MIN 3: expected 1 to 2"),
         ({"max-failures": "1.5"}, "--max-failures 1.5: expected a share from 0 to 1"),
         ({"gpus-per-worker": "0"}, "--gpus-per-worker 0.0: expected above 0, up to 1"),
-        ({"shard-images": "0"}, "--shard-images 0: expected 1 to 100,000"),
+        ({"shard-images": "0"}, "--shard-images 0: expected 1 to 87,381"),
         ({"device": "gpu"}, "--device gpu: expected cpu or cuda"),
     ],
 )
@@ -307,6 +307,29 @@ def test_cut_weights_are_refused_before_ray_starts(
     assert code == 2
     assert f"{cut} has" in capsys.readouterr().err
     assert not (inputs / "out").exists()
+
+
+def test_a_mistyped_place_does_not_spoil_the_output(
+    inputs: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(restore.Cluster, "start", lambda _: pytest.fail("Ray was started"))
+    rest = ["--output", str(inputs / "out"), "--weights", str(weights)]
+    assert restore.main(["--input", str(inputs / "none"), *rest]) == 2
+    monkeypatch.setattr(restore, "work_off", lambda *_: None)
+
+    assert restore.main(["--input", str(inputs / "in"), *rest]) == 1, "it goes on, as far as this test lets it"
+    assert "1 inputs were planned, but 0 have a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "there", "share"), [(1, 1, 1.0), (2, 2, 1.0), (2, 4, 1.0), (3, 2, 0.5), (4, 1, 0.25), (5, 2, 1 / 3)]
+)
+def test_workers_share_the_gpus(count: int, there: int, share: float) -> None:
+    from jobs.flow import gpu_share
+
+    assert gpu_share(count, there, None) == share
+    with pytest.raises(ConfigError, match="workers do not fit on"):
+        gpu_share(there * 2 + 1, there, 0.5)
 
 
 @pytest.mark.parametrize("arguments", [["--input", "in"], ["--scheduler", "euler"], ["--frmat", "png"]])

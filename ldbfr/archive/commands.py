@@ -19,18 +19,18 @@ def status(output: str) -> str:
     standing = read_standing(output)
     lines = [f"{output}: {headline(standing)}"]
     if standing.parts is not None:
-        done = standing.counts
+        done = standing.counts.plus(standing.recorded)
         lines.append(
-            f"  {done.total:,} of {standing.planned:,} inputs in the manifest: {done.restored:,} restored, "
-            f"{done.failed:,} failed, {done.skipped:,} skipped"
+            f"  {done.total:,} of {standing.planned:,} inputs: {done.restored:,} restored, {done.failed:,} failed, "
+            f"{done.skipped:,} skipped"
         )
-    if standing.recorded:
-        lines.append(f"  {standing.recorded:,} units besides are done, and go into the manifest with others")
+    if standing.recorded.total:
+        lines.append(f"  {standing.recorded.total:,} of them go into the manifest once their neighbours are done")
     if standing.line and not standing.finished:
         lines.append(f"  last line of progress: {standing.line}")
     lines.append(f"  inputs: {', '.join(standing.about['inputs'])}")
-    lines.append(f"  command: {standing.about['command']}")
-    if standing.counts.failed:
+    lines.append(f"  command: {standing.about.get('command', 'unknown')}")
+    if standing.counts.failed or standing.recorded.failed:
         lines.append(f"  to try the failed ones again: ldbfr archive retry-failed {output}")
     return "\n".join(lines)
 

@@ -60,6 +60,14 @@ class Gallery:
         self.random = _first(RANDOM, [*self.random, *new], _by_rank)
         self.worst = _first(WORST, [*self.worst, *new], _by_sharpness)
 
+    def replace(self, pictures: Iterable[Picture]) -> None:
+        """Take in pictures that are newer than those of the same keys, which go."""
+        new = list(pictures)
+        keys = {picture.key for picture in new}
+        self.random = [picture for picture in self.random if picture.key not in keys]
+        self.worst = [picture for picture in self.worst if picture.key not in keys]
+        self.add(new)
+
     def merge(self, other: Gallery) -> None:
         """Take in another gallery."""
         self.add(other.pictures())

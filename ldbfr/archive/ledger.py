@@ -14,20 +14,27 @@ that is passed over.
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ldbfr import storage
+from ldbfr.archive.faults import scope
 from ldbfr.archive.gallery import Gallery
 from ldbfr.archive.naming import MANIFEST_FOLDER, WORK_FOLDER
 from ldbfr.archive.parts import part_numbers, part_uri, plan_folder, read_part, read_schema
 from ldbfr.archive.plan import Mode, Plan, UnitId
-from ldbfr.archive.rows import Picture, ResultRow
+from ldbfr.archive.rows import CHANGED, Picture, ResultRow
 from ldbfr.data.ranges import THREADS, in_parallel
 from ldbfr.errors import StorageError
 from ldbfr.tables import from_table, parquet_bytes, read_columns, read_rows, to_table, write_rows
+
+log = logging.getLogger(__name__)
+
+PAUSES_S = (5.0, 20.0, 60.0)
 
 _COUNTS = b"ldbfr"
 
@@ -136,16 +143,11 @@ class Ledger:
 
     def _take_records(self) -> None:
         """Take up the records of parts that are not finished, or not again."""
-        found: list[UnitId] = []
-        stale: set[int] = set()
-        for entry in storage.list_objects(storage.join(self.output, WORK_FOLDER, "units")):
-            part, _, name = entry.key.removesuffix(".parquet").partition("/")
-            if part.isdigit() and not self._units_left(int(part)):
-                stale.add(int(part))
-            elif part.isdigit() and name.isdigit() and int(name) in self._units_left(int(part)):
-                found.append(UnitId(int(part), int(name)))
-        for number in stale:
-            remove_records(self.output, number)
+        units, parts = recorded_units(self.output)
+        for number in parts:
+            if not self._units_left(number):
+                remove_records(self.output, number)
+        found = [unit for unit in units if unit.unit in self._units_left(unit.part)]
         read = in_parallel(lambda place: read_record(self.output, found[place]), len(found), THREADS)
         for done in read:
             self.take(done)
@@ -195,7 +197,7 @@ class Ledger:
         if number not in self._units_left(part):
             return False
         self.open.setdefault(part, {})[number] = unit.rows
-        self.gallery.add(unit.pictures)
+        self.gallery.replace(unit.pictures)
         self.done = self.done.plus(Counts.of(unit.rows))
         if not self._units_left(part):
             self._commit(part)
@@ -211,8 +213,8 @@ class Ledger:
                 f"{len(rows):,} rows came of it; delete {records} and run the same command again"
             )
         self.check()
-        self.gallery.write(self.output)
-        write_manifest_part(self.output, part, rows)
+        patiently(lambda: self.gallery.write(self.output))
+        patiently(lambda: write_manifest_part(self.output, part, rows))
         self.finished[part] = Counts.of(rows)
         self._settle(part)
 
@@ -226,9 +228,9 @@ class Ledger:
     def _settle(self, part: int) -> None:
         """Remove what a part that is in the manifest needs no more: first what asks for it again, then its records."""
         if self.again.pop(part, None) is not None:
-            storage.delete(again_uri(self.output, part))
+            patiently(lambda: storage.delete(again_uri(self.output, part)))
         self.open.pop(part, None)
-        remove_records(self.output, part)
+        patiently(lambda: remove_records(self.output, part))
 
 
 # ---- places ----
@@ -262,6 +264,18 @@ def read_record(output: str, unit: UnitId) -> UnitDone:
     """The record of a unit."""
     pictures = read_rows(record_uri(output, unit, ".pictures"), Picture)
     return UnitDone(unit, read_rows(record_uri(output, unit), ResultRow), pictures)
+
+
+def recorded_units(output: str) -> tuple[list[UnitId], set[int]]:
+    """The units that have a record, and all parts that have anything of the kind."""
+    found, parts = [], set()
+    for entry in storage.list_objects(storage.join(output, WORK_FOLDER, "units")):
+        part, _, name = entry.key.removesuffix(".parquet").partition("/")
+        if part.isdigit():
+            parts.add(int(part))
+            if name.isdigit():
+                found.append(UnitId(int(part), int(name)))
+    return found, parts
 
 
 def remove_records(output: str, part: int) -> None:
@@ -320,29 +334,65 @@ def read_again(output: str) -> dict[int, Again]:
 def do_again(output: str, mode: Mode) -> int:
     """Ask for inputs of finished parts again: those that failed, or all, to see whether their bytes changed.
 
-    Parts that are asked for already stay as they are. Returns how many inputs may be done again.
+    A check of all of them that was broken off goes on where it was. Returns how many inputs were asked for now.
     """
     known = read_again(output)
-    inputs = 0
-    for part, counts in read_counts(output).items():
-        if part in known or not (counts.failed if mode == "failed" else counts.total):
-            continue
-        units = manifest_rows(output, part)
-        wanted = {
-            unit: Counts.of(rows)
-            for unit, rows in units.items()
-            if mode == "changed" or any(is_worth_again(row) for row in rows)
-        }
-        if not wanted:
-            continue
-        remove_records(output, part)  # of an older time: they would count as done
-        about = {"mode": mode, "units": wanted}
-        storage.write_bytes(again_uri(output, part), json.dumps(about).encode())
-        rows = [row for unit in wanted for row in units[unit]]
-        inputs += sum(map(is_worth_again, rows)) if mode == "failed" else len(rows)
-    return inputs
+    if mode == "failed":
+        asked = sum(_retry_open(output, part) for part in _open_parts(output, known))
+        finished = (part for part, counts in read_counts(output).items() if counts.failed and part not in known)
+        return asked + sum(_mark(output, part, mode) for part in finished)
+    if any(again.mode == mode for again in known.values()):
+        return 0
+    return sum(_mark(output, part, mode) for part in read_counts(output))
+
+
+def _mark(output: str, part: int, mode: Mode) -> int:
+    """Ask for a part again, in place of what was asked of it before; how many of its inputs that concerns."""
+    units = manifest_rows(output, part)
+    wanted = {
+        unit: Counts.of(rows) for unit, rows in units.items() if mode != "failed" or any(map(is_worth_again, rows))
+    }
+    if not wanted:
+        return 0
+    remove_records(output, part)  # of an older time: they would count as done
+    storage.write_bytes(again_uri(output, part), json.dumps({"mode": mode, "units": wanted}).encode())
+    rows = [row for unit in wanted for row in units[unit]]
+    return sum(map(is_worth_again, rows)) if mode == "failed" else len(rows)
+
+
+def _open_parts(output: str, known: Mapping[int, Again]) -> list[int]:
+    """Parts that have records and are not in the manifest yet."""
+    finished = part_numbers(manifest_folder(output))
+    return sorted(recorded_units(output)[1] - finished.keys() - known.keys())
+
+
+def _retry_open(output: str, part: int) -> int:
+    """Let the units of an unfinished part that have failures be done as if they never were; how many failed."""
+    failures = 0
+    for unit in recorded_units(output)[0]:
+        if unit.part == part and (worth := sum(map(is_worth_again, read_record(output, unit).rows))):
+            storage.delete(record_uri(output, unit))
+            failures += worth
+    return failures
 
 
 def is_worth_again(row: ResultRow) -> bool:
-    """Whether to try a failed input again: not what the listing alone refused, which nobody tried to read."""
-    return row.status == "failed" and row.seconds_read is not None
+    """Whether to try a failed input again: not what the listing alone refused, nor what changed and is left alone."""
+    return row.status == "failed" and row.seconds_read is not None and row.cause != CHANGED
+
+
+def patiently(work: Callable[[], None]) -> None:
+    """Do something, again after a pause where the storage asks for one.
+
+    Raises:
+        StorageError: it does not work out.
+    """
+    for pause in PAUSES_S:
+        try:
+            return work()
+        except StorageError as error:
+            if scope(error) != "later":
+                raise
+            log.warning("trying again in %.0f s: %s", pause, error)
+            time.sleep(pause)
+    return work()

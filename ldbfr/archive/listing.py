@@ -13,6 +13,8 @@ forward has units of its own.
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +25,7 @@ from ldbfr import storage
 from ldbfr.archive.naming import WORK_FOLDER
 from ldbfr.archive.parts import (
     FORWARD,
+    ROWS_PER_PART,
     Cutter,
     PartInfo,
     Parts,
@@ -45,6 +48,9 @@ from ldbfr.inputs.sources import find_inputs, label_sources
 from ldbfr.runner import Runner
 from ldbfr.tables import read_rows, write_rows
 
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 5.0
 MOST_CONTAINERS = 10_000
 """Archives found before they are written down."""
 
@@ -132,14 +138,21 @@ def make_plan(sources: Sources, run: Runner) -> list[PartInfo]:
     sizes = part_numbers(parts.folder)
     infos = [*in_parallel(lambda number: part_info(parts.folder, number, sizes[number]), parts.number, THREADS)]
     if all(info.rows == info.skipped for info in infos):
-        storage.delete(work_uri(output, "listed.json"))  # the next attempt lists anew
-        for number in sizes:
-            storage.delete(part_uri(parts.folder, number))
+        forget(output)  # the next attempt lists anew
         names, others = ", ".join(map(printable, sources.uris)), sum(info.skipped for info in infos)
         text = f"{others:,} other files" if others else "nothing is there"
         raise InputError(f"--input: no images in {names}: {text}; check the place, and the suffixes of the files")
     write_rows(uri, infos, PartInfo)
     return infos
+
+
+def forget(output: str) -> None:
+    """Remove an unfinished plan, what the rest follows from last."""
+    last = work_uri(output, "listed.json")
+    for found in [*storage.list_objects(work_uri(output))]:
+        if found.uri != last:
+            storage.delete(found.uri)
+    storage.delete(last)
 
 
 # ---- loose files ----
@@ -169,6 +182,7 @@ def _list_loose(sources: Sources) -> int:
         source, position = about["source"], about["position"]
     cutter = Cutter(sources.unit_images, parts)
     archives: list[Container] = []
+    watch = Watch()
 
     def write(**where: Any) -> None:
         cutter.end()
@@ -188,8 +202,22 @@ def _list_loose(sources: Sources) -> int:
                 cutter.add(sources.row(found))
             if parts.full or len(archives) == MOST_CONTAINERS:
                 write(source=number, position=where)
+                watch.look(parts.number)
     write(source=len(sources.uris), position=None)
     return parts.number
+
+
+class Watch:
+    """A line now and then, while a long listing goes on."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def look(self, num_parts: int) -> None:
+        """Say how far it is, if it is time."""
+        if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            log.info("listing: about %s inputs so far", f"{num_parts * ROWS_PER_PART:,}")
 
 
 # ---- archives ----
@@ -229,10 +257,12 @@ class ArchiveLister:
 
     def list(self, container: Container, cutter: Cutter, parts: Parts) -> None:
         """What the archive holds, into units and parts."""
+        cutter.forward = container.kind == "tar.gz"
         for found in list_archive(sized(container), self.sources.column):
             if isinstance(found, Stretch):
                 cutter.stretch(found.rows)
-            elif found is not None:
+            else:
+                cutter.forward = cutter.forward or (isinstance(found, Entry) and found.kind in FORWARD)
                 cutter.add(self.sources.row(found))
             if parts.full:
                 parts.write()
@@ -241,7 +271,7 @@ class ArchiveLister:
 def lost(container: Container, error: Exception) -> PlanRow:
     """The row for what a damaged archive does not give any more."""
     name = printable(container.uri)
-    reason = f"damaged archive: {str(error).removeprefix(f'{name}: ')}"
+    reason = f"damaged archive: {printable(str(error)).removeprefix(f'{name}: ')}"
     return PlanRow(name, name, "file", container.uri, status="failed", reason=reason)
 
 

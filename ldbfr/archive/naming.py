@@ -5,7 +5,6 @@ So no listing is needed to name an output, a second run writes the same files, a
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Literal
 
 from ldbfr.images import FORMAT_OF_SUFFIX, IMAGE_SUFFIXES, SUFFIX_OF_FORMAT, ImageFormat
@@ -27,14 +26,20 @@ _OURS = (WORK_FOLDER, FIRST_STAGE_FOLDER, SIDE_BY_SIDE_FOLDER, MANIFEST_FOLDER, 
 
 def is_image(key: str) -> bool:
     """Whether the key's suffix is that of an image that can be read."""
-    return PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES
+    return suffix_of(key).lower() in IMAGE_SUFFIXES
+
+
+def suffix_of(key: str) -> str:
+    """From the last dot of the name on, be it the name's first character too; "" if there is none."""
+    name = key.rpartition("/")[2]
+    return name[name.rindex(".") :] if "." in name else ""
 
 
 def format_of_output(key: str, format: OutputFormat) -> ImageFormat:
     """The format in which the result for an input is written; "same" is PNG for inputs of formats not written."""
     if format != "same":
         return format
-    return FORMAT_OF_SUFFIX.get(PurePosixPath(key).suffix.lower(), "png")
+    return FORMAT_OF_SUFFIX.get(suffix_of(key).lower(), "png")
 
 
 def output_key(key: str, format: OutputFormat) -> str:
@@ -50,7 +55,7 @@ def output_key(key: str, format: OutputFormat) -> str:
 
 def _with_suffix(key: str, format: OutputFormat) -> str:
     written = format_of_output(key, format)
-    suffix = PurePosixPath(key).suffix
+    suffix = suffix_of(key)
     if FORMAT_OF_SUFFIX.get(suffix.lower()) == written:
         stem = key.removesuffix(suffix)
         if not is_image(stem) or _with_suffix(stem, format).lower() != key.lower():

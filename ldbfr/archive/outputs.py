@@ -5,17 +5,17 @@ Whatever is written follows from the inputs and the settings alone, so a unit th
 
 from __future__ import annotations
 
-import errno
 import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ldbfr import __version__, storage
+from ldbfr.archive.faults import scope
 from ldbfr.archive.gallery import wanted
 from ldbfr.archive.ledger import UnitDone, write_record
 from ldbfr.archive.naming import (
@@ -38,8 +38,6 @@ from ldbfr.seeds import derive_seed
 from ldbfr.tables import read_rows, write_rows
 
 PICTURE_SIDE = 192
-
-_ABOUT_ONE_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 
 class Shown(NamedTuple):
@@ -195,8 +193,14 @@ class UnitWriter:
         members = dict(shown)
         kept = [place for place, row in enumerate(work.rows) if row.output == uri and place not in shown]
         if kept:
-            before = {one.key: one for one in read_shard(uri)}
-            members |= {place: before[work.rows[place].member or ""] for place in kept}
+            try:
+                before = {one.key: one for one in read_shard(uri)}
+                members |= {place: before[work.rows[place].member or ""] for place in kept}
+            except (tarfile.TarError, KeyError, AssertionError) as error:
+                raise StorageError(
+                    f"{uri} is not the shard that this run wrote ({error!r}), and {len(kept)} of its results would be "
+                    "lost; put it back, or begin anew with another output"
+                ) from error
         if not members:
             return
         ordered = [members[place] for place in sorted(members)]
@@ -232,20 +236,6 @@ class UnitWriter:
             for i in wanted(list(zip(ranks, scores, strict=True)))
             for n in [numbers[i]]
         ]
-
-
-def scope(error: StorageError) -> Literal["one", "all", "later"]:
-    """What a failed write says of the others: nothing, that they will fail too, or that they may succeed later."""
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno is not None:
-        return "one" if cause.errno in _ABOUT_ONE_NAME else "all"
-    answer = getattr(cause, "response", None)
-    if isinstance(answer, dict):  # botocore's ClientError
-        if str(answer.get("Error", {}).get("Code")) == "KeyTooLongError":
-            return "one"
-        status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 500)
-        return "all" if 400 <= status < 500 and status != 429 else "later"
-    return "one" if cause is None or isinstance(cause, ValueError) else "later"
 
 
 def small(face: Pixels) -> bytes:

@@ -65,13 +65,15 @@ class Cutter:
         self.rows: list[PlanRow] = []
         self.work = 0
         self.joined = False
+        self.forward = False
+        """Whether what comes is read forward, one unit from where the last ended."""
 
     def add(self, row: PlanRow) -> None:
         """Take a row."""
         self.rows.append(row)
         self.work += row.status is None
         if self.work == self.images or len(self.rows) >= SETTLED_PER_WORK * self.images:
-            self.end(goes_on=row.kind in FORWARD)
+            self.end(goes_on=self.forward)
 
     def stretch(self, rows: int) -> None:
         """So many rows follow that are best read in one go, from their start."""
@@ -126,9 +128,8 @@ class Parts:
 
 
 def sized(container: Container) -> Container:
-    """The archive with its size as it is now; a list of URIs does not say it."""
-    found = (one.size for one in storage.list_objects(container.uri) if one.key == container.uri.rpartition("/")[2])
-    return replace(container, size=next(found, 0))
+    """The archive with its size as it is now, which a list of URIs does not say; 0 if it is not there any more."""
+    return replace(container, size=storage.size_of(container.uri) or 0)
 
 
 def part_uri(folder: str, number: int) -> str:
@@ -139,8 +140,8 @@ def part_uri(folder: str, number: int) -> str:
 def part_numbers(folder: str) -> dict[int, int]:
     """The parts that are there, ascending, with their sizes in bytes."""
     suffix = ".parquet"
-    found = (entry for entry in storage.list_objects(folder) if entry.key.endswith(suffix) and "/" not in entry.key)
-    return dict(sorted((int(entry.key.removesuffix(suffix)), entry.size) for entry in found))
+    found = ((entry.key.removesuffix(suffix), entry.size) for entry in storage.list_objects(folder))
+    return dict(sorted((int(name), size) for name, size in found if name.isdigit()))
 
 
 def plan_folder(output: str) -> str:

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 
 from ldbfr.archive.parts import PartInfo
 
-Mode = Literal["new", "failed", "changed"]
-"""What is done of a unit: everything; what failed before; what failed, and what was restored from other bytes."""
+Mode = Literal["new", "failed", "restore", "fail"]
+"""What is done of a unit: everything; what failed before; or every input is read again, what failed is done again, and
+what has other bytes than when it was restored is restored again, or fails."""
 
 
 class UnitId(NamedTuple):

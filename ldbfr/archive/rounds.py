@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ldbfr.archive.ledger import Ledger, UnitDone
-from ldbfr.archive.plan import WorkItem
+from ldbfr.archive.plan import Mode, UnitId, WorkItem
 from ldbfr.archive.steps import UnitFailed
 from ldbfr.errors import LDBFRError, StorageError
 
@@ -48,6 +48,8 @@ class Rounds:
     max_failures: float = 1.0
     progress: Callable[[UnitDone], None] = lambda _: None
     pause: Callable[[float], None] = time.sleep
+    failed: set[UnitId] = field(default_factory=set)
+    """Units that failed in this round."""
 
     def __call__(self) -> None:
         """Do everything that is left.
@@ -60,7 +62,7 @@ class Rounds:
         while left := self.ledger.left():
             before = self.ledger.done.total
             trouble: UnitFailed | None = None
-            for wave in waves(self.ledger.plan.items(left)):
+            for wave in waves(self.in_order(left)):
                 trouble, hopeless = self.wave(wave)
                 if hopeless:
                     break
@@ -79,6 +81,17 @@ class Rounds:
             log.warning("%s inputs wait for the storage, again in %.0f s: %s", f"{missing:,}", seconds, trouble.reason)
             self.pause(seconds)
 
+    def in_order(self, left: Mapping[int, tuple[Collection[int], Mode]]) -> Iterator[WorkItem]:
+        """The work that is left; what failed in the round before comes last, for it may fail again."""
+        failed, late = frozenset(self.failed), []
+        self.failed.clear()
+        for item in self.ledger.plan.items(left):
+            if failed.isdisjoint(item.units):
+                yield item
+            else:
+                late.append(item)
+        yield from late
+
     def wave(self, items: Sequence[WorkItem]) -> tuple[UnitFailed | None, bool]:
         """One execution: what failed last of what is worth another attempt, and whether nothing else came any more."""
         trouble: UnitFailed | None = None
@@ -89,6 +102,7 @@ class Rounds:
                     if result.fatal:
                         raise StorageError(f"{result.reason}; then run the same command again")
                     trouble, in_a_row = result, in_a_row + 1
+                    self.failed.add(result.id)
                     if in_a_row == FAILED_IN_A_ROW:
                         return trouble, True
                     continue

@@ -12,6 +12,8 @@ from ldbfr.inputs.entries import Entry, Kind
 
 Status = Literal["restored", "failed", "skipped"]
 
+CHANGED = "changed"
+"""The cause of what failed because its bytes are others than when it was restored."""
 NOT_AN_IMAGE = "not an image"
 """The cause of what is skipped by its name."""
 

@@ -8,6 +8,7 @@ _ldbfr/status.json   the line of progress, for others to read
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +17,30 @@ from typing import Any
 
 from ldbfr import __version__, storage
 from ldbfr.archive.gallery import Gallery
-from ldbfr.archive.ledger import Counts, manifest_folder, read_counts, sum_counts
+from ldbfr.archive.ledger import (
+    Counts,
+    manifest_folder,
+    read_again,
+    read_counts,
+    read_record,
+    record_uri,
+    recorded_units,
+    sum_counts,
+)
 from ldbfr.archive.listing import is_planned, work_uri
 from ldbfr.archive.naming import WORK_FOLDER
 from ldbfr.archive.parts import PartInfo, part_numbers, part_uri
+from ldbfr.archive.plan import UnitId
 from ldbfr.archive.report import write_report
 from ldbfr.archive.settings import RunSettings, Weights
 from ldbfr.archive.summary import summarise
-from ldbfr.errors import ConfigError, InputError
+from ldbfr.errors import ConfigError, InputError, StorageError
 from ldbfr.inputs.sources import check_source, label_sources
 from ldbfr.lease import Record, holder_of
 from ldbfr.places import overlap, place
 from ldbfr.tables import read_rows
+
+log = logging.getLogger(__name__)
 
 OPTIONS = {"inputs": "input", "first_stage": "first-stage", "keep_metadata": "no-keep-metadata"}
 
@@ -90,6 +103,10 @@ class Run:
         }
         storage.write_bytes(uri, json.dumps(about, indent=1).encode())
 
+    def forget(self) -> None:
+        """Let another request be made on this output: nothing was done of this one."""
+        storage.delete(run_uri(self.output))
+
     def check_same(self, there: dict[str, Any]) -> None:
         """ConfigError, with the difference, unless these are the settings."""
         before = there.get("settings", {})
@@ -135,8 +152,11 @@ def status_uri(output: str) -> str:
 
 
 def write_status(output: str, line: str) -> None:
-    """Tell others how far the run is."""
-    storage.write_bytes(status_uri(output), json.dumps({"line": line, "at": time.time()}).encode())
+    """Tell others how far the run is; that may fail without harm."""
+    try:
+        storage.write_bytes(status_uri(output), json.dumps({"line": line, "at": time.time()}).encode())
+    except StorageError as error:
+        log.warning("the status could not be written: %s", error)
 
 
 @dataclass(frozen=True)
@@ -147,9 +167,9 @@ class Standing:
     parts: Sequence[PartInfo] | None
     """Of its plan; None while it is listed."""
     counts: Counts
-    """What the manifest has."""
-    recorded: int
-    """Units that are done besides."""
+    """What the manifest has, but for what is to be done again."""
+    recorded: Counts
+    """What is done besides, and goes into the manifest with others."""
     holder: Record | None
     """Who is at work on it, as far as is known."""
     line: str | None
@@ -177,18 +197,25 @@ def read_standing(output: str) -> Standing:
         raise InputError(f"{output}: there is no run of jobs/restore.py; give the folder that was its --output")
     about: dict[str, Any] = json.loads(storage.read_bytes(run_uri(output)))
     parts = read_rows(work_uri(output, "index.parquet"), PartInfo) if is_planned(output) else None
-    units = (found.key for found in storage.list_objects(storage.join(output, WORK_FOLDER, "units")))
-    recorded = sum(1 for key in units if ".pictures." not in key)
+    units = open_units(output)
+    recorded = sum_counts(Counts.of(read_record(output, unit).rows) for unit in units)
     status = json.loads(storage.read_bytes(status_uri(output))) if storage.exists(status_uri(output)) else {}
     line = None
     if status:
         line = f"{status['line']} (told {datetime.fromtimestamp(status['at'], UTC):%Y-%m-%d %H:%M:%S} UTC)"
-    counts = sum_counts(read_counts(output).values())
+    again = (counts for one in read_again(output).values() for counts in one.units.values())
+    counts = sum_counts(read_counts(output).values()).minus(sum_counts(again))
     return Standing(about, parts, counts, recorded, holder_of(lock_uri(output)), line)
 
 
+def open_units(output: str) -> list[UnitId]:
+    """Recorded units of parts that are not in the manifest yet."""
+    finished = part_numbers(manifest_folder(output))
+    return [unit for unit in recorded_units(output)[0] if unit.part not in finished]
+
+
 def report(output: str) -> str:
-    """Write report.html from what the manifest has by now; its URI.
+    """Write report.html from what is done by now; its URI.
 
     Raises:
         InputError: there is no run, or nothing of it is listed yet.
@@ -198,13 +225,18 @@ def report(output: str) -> str:
     if standing.parts is None:
         raise InputError(f"{output}: the inputs are not listed yet; run the job, then ask for the report again")
     folder = manifest_folder(output)
-    summary = summarise(output, [part_uri(folder, number) for number in part_numbers(folder)])
+    parts = [part_uri(folder, number) for number in part_numbers(folder)]
+    units = open_units(output)
+    summary = summarise(output, [*parts, *(record_uri(output, unit) for unit in units)])
+    gallery = Gallery.read(output)
+    for unit in units:
+        gallery.add(read_record(output, unit).pictures)
     return write_report(
         output,
         summary,
-        Gallery.read(output),
+        gallery,
         standing.about,
         finished=standing.finished,
         planned=standing.planned,
-        num_done=standing.counts.total,
+        num_done=standing.counts.plus(standing.recorded).total,
     )

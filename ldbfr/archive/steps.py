@@ -12,25 +12,24 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldbfr.archive.ledger import manifest_rows
+from ldbfr.archive.ledger import is_worth_again, manifest_rows
 from ldbfr.archive.parts import FORWARD, plan_folder, read_part, sized
 from ldbfr.archive.plan import Mode, UnitId, WorkItem
-from ldbfr.archive.rows import PlanRow, ResultRow
+from ldbfr.archive.rows import CHANGED, PlanRow, ResultRow
 from ldbfr.archive.settings import RestoreSettings
 from ldbfr.errors import InputError, LDBFRError, StorageError
 from ldbfr.images import DEFAULT_LIMITS, ImageLimits, Pixels, crop_to_square, resize
 from ldbfr.inputs.entries import Container
+from ldbfr.inputs.keys import printable
 from ldbfr.inputs.reading import Inputs
 from ldbfr.metadata import Metadata, decode_with_metadata
 
 if TYPE_CHECKING:  # readers and writers do without the networks, whose import takes seconds
     from ldbfr.pipeline import LDBFRPipeline
-
-OnChange = Literal["keep", "restore", "fail"]
 
 
 @dataclass
@@ -77,7 +76,7 @@ def this_worker() -> str:
 def failed(row: ResultRow, cause: str, reason: str) -> ResultRow:
     """A row that ends here."""
     about = f"{row.input}: "
-    text = " ".join(reason.removeprefix(about).split())
+    text = " ".join(printable(reason).removeprefix(about).split())
     return row._replace(status="failed", cause=cause, reason=text, worker=this_worker(), finished=time.time())
 
 
@@ -87,7 +86,7 @@ def settled(row: PlanRow) -> ResultRow:
     assert row.status is not None
     size = row.size or None
     return ResultRow(
-        row.name, row.key, row.status, cause, detail, size=size, worker=this_worker(), finished=time.time()
+        row.name, row.key, row.status, cause, printable(detail), size=size, worker=this_worker(), finished=time.time()
     )
 
 
@@ -102,32 +101,31 @@ class UnitReader:
         output: URI of the run, where its plan is.
         side: S, in px.
         column: of parquet files.
-        on_change: what to do where an input has other bytes than when it was restored.
         limits: the largest file and picture accepted.
     """
 
     output: str
     side: int
     column: str | None = None
-    on_change: OnChange = "keep"
     limits: ImageLimits = DEFAULT_LIMITS
 
     def __call__(self, item: WorkItem) -> Iterator[UnitWork | UnitFailed]:
         """The units of an item, one after the other."""
         part, units = -1, dict[int, list[PlanRow]]()
-        inputs: Inputs | None = None
+        stream: Inputs | None = None
         for unit in item.units:
             try:
                 if unit.part != part:
                     part, units = unit.part, by_unit(read_part(plan_folder(self.output), unit.part)[0])
                 rows = units[unit.unit]
-                container = container_of(rows)
-                if inputs is None or inputs.container.uri != container.uri:
-                    inputs = Inputs(sized(container) if container.uri else container, self.column)
-                yield self.read(unit, rows, item.mode, inputs)
+                container = forward_container(rows)
+                if container is not None and (stream is None or stream.container.uri != container.uri):
+                    stream = Inputs(sized(container), self.column)
+                plain = Inputs(Container("file", "", ""))
+                yield self.read(unit, rows, item.mode, stream if container is not None and stream else plain)
             except StorageError as error:
-                inputs = None
-                yield UnitFailed(unit, str(error))
+                stream = None
+                yield UnitFailed(unit, printable(str(error)))
 
     def read(self, unit: UnitId, rows: Sequence[PlanRow], mode: Mode, inputs: Inputs) -> UnitWork:
         """One unit.
@@ -138,7 +136,7 @@ class UnitReader:
         prior = None if mode == "new" else manifest_rows(self.output, unit.part)[unit.unit]
         wanted = [place for place, row in enumerate(rows) if row.status is None]
         if mode == "failed" and prior is not None:
-            wanted = [place for place in wanted if prior[place].status == "failed"]
+            wanted = [place for place in wanted if is_worth_again(prior[place])]
         work = UnitWork(unit, [start(row) for row in rows])
         if prior is not None:
             work.rows = list(prior)
@@ -146,9 +144,9 @@ class UnitReader:
         data = inputs.read([rows[place].entry() for place in wanted])
         started = time.perf_counter()
         for place, found in zip(wanted, data, strict=True):
-            before = prior[place] if prior is not None and prior[place].status == "restored" else None
-            row, face, metadata = self.one(start(rows[place]), found, before)
-            row = row._replace(seconds_read=time.perf_counter() - started) if row is not before else row
+            row, face, metadata = self.one(start(rows[place]), found, prior[place] if prior is not None else None, mode)
+            if row.seconds_read is None:
+                row = row._replace(seconds_read=time.perf_counter() - started)
             started = time.perf_counter()
             work.rows[place] = row
             if face is not None:
@@ -159,18 +157,23 @@ class UnitReader:
         return work
 
     def one(
-        self, row: ResultRow, data: bytes | LDBFRError, before: ResultRow | None
+        self, row: ResultRow, data: bytes | LDBFRError, prior: ResultRow | None, mode: Mode
     ) -> tuple[ResultRow, Pixels | None, Metadata]:
-        """One input: its row, and its face (S, S, 3) unless it failed or stays as it was `before`."""
+        """One input: its row, and its face (S, S, 3) unless it failed or stays as it was."""
         none = Metadata()
+        before = earlier(prior) if prior is not None else None
         if isinstance(data, LDBFRError):
-            return before or failed(row, "unreadable", str(data)), None, none
+            kept = prior if before is not None else None  # what is gone did not change
+            return kept or failed(row, "unreadable", str(data)), None, none
         row = row._replace(size=len(data), digest=hashlib.sha256(data).hexdigest())
-        if before is not None and (row.digest == before.digest or self.on_change == "keep"):
-            return before, None, none
-        if before is not None and self.on_change == "fail":
-            reason = "the input has other bytes than when it was restored; see --on-change restore"
-            return failed(row._replace(output=before.output, member=before.member), "changed", reason), None, none
+        if before is not None:
+            if row.digest == before.digest:
+                return before, None, none
+            if mode == "fail":
+                reason = "the input has other bytes than when it was restored; see --on-change restore"
+                return failed(before, CHANGED, reason), None, none
+            # Should the new bytes be of no use, the old result stays, and the row says where.
+            row = row._replace(output=before.output, member=before.member)
         try:
             pixels, metadata = decode_with_metadata(data, name=row.input, limits=self.limits)
             square = crop_to_square(pixels)
@@ -182,6 +185,13 @@ class UnitReader:
             return failed(row, "too large", reason), None, none
         height, width = pixels.shape[:2]
         return row._replace(width=width, height=height, note=describe_fit(pixels, self.side)), face, metadata
+
+
+def earlier(prior: ResultRow) -> ResultRow | None:
+    """The row of an input when it was restored last; None if it never was."""
+    if prior.cause == CHANGED:
+        return prior._replace(status="restored", cause=None, reason=None)
+    return prior if prior.status == "restored" else None
 
 
 def start(row: PlanRow) -> ResultRow:
@@ -199,10 +209,10 @@ def by_unit(rows: Sequence[PlanRow]) -> dict[int, list[PlanRow]]:
     return units
 
 
-def container_of(rows: Sequence[PlanRow]) -> Container:
-    """What the rows of a unit are read from; archives that are read by ranges need not be told apart."""
+def forward_container(rows: Sequence[PlanRow]) -> Container | None:
+    """The archive that the rows of a unit are read forward from; None for what is read by ranges."""
     forward = next((row for row in rows if row.kind in FORWARD), None)
-    return Container(forward.kind, forward.uri, "") if forward else Container("file", "", "")
+    return Container(forward.kind, forward.uri, "") if forward else None
 
 
 def describe_fit(pixels: Pixels, side: int) -> str | None:
@@ -231,8 +241,15 @@ class UnitRestorer:
     settings: RestoreSettings
     batch_size: int
 
-    def __call__(self, work: UnitWork) -> UnitWork:
+    def __call__(self, work: UnitWork) -> UnitWork | UnitFailed:
         """Restore the faces; those that the model refuses become failed rows."""
+        try:
+            return self.restored(work)
+        except BrokenDeviceError as error:
+            return UnitFailed(work.id, f"the GPU failed in process {this_worker()}: {error}")
+
+    def restored(self, work: UnitWork) -> UnitWork:
+        """The unit with its faces restored."""
         if work.faces is None:
             return work
         images, first_stages, chosen = [], [], []
@@ -268,6 +285,8 @@ class UnitRestorer:
                 self.batch_size = max(1, len(numbers) // 2)
                 release_memory()
                 return None
+            if "CUDA error" in str(error):
+                raise BrokenDeviceError(str(error)) from error
             if len(numbers) > 1:
                 return [done for number in numbers for done in self.batch(work, [number]) or ()]
             reason = f"the model failed ({str(error).strip()}); try it alone on another --device"
@@ -292,6 +311,10 @@ class UnitRestorer:
             seed=settings.seed,
             return_first_stage=True,
         )
+
+
+class BrokenDeviceError(RuntimeError):
+    """The GPU does not answer this process any more; nothing is wrong with the faces."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -122,6 +122,10 @@ def _uri_entry(container: Container, row: int, value: str | None) -> Entry:
         return Entry(
             printable(value), key, "file", container.uri, refused="bad name: it has a null character; correct it"
         )
+    scheme = value.partition("://")[0].lower() if "://" in value else ""
+    if scheme not in ("", "s3", "file"):
+        reason = f"bad name: {scheme}:// cannot be read, expected a path or s3://bucket/key; copy it there"
+        return Entry(printable(value), key, "file", container.uri, refused=reason)
     folder = container.uri.rpartition("/")[0]
     uri = value if "://" in value or value.startswith("/") or not folder else f"{folder}/{value}"
     return Entry(printable(uri), key, "file", uri)

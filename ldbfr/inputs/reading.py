@@ -19,9 +19,14 @@ AHEAD = 6
 """Images asked for before they are needed: a bucket answers slowly, but many at once."""
 
 _ABOUT_ONE_FILE = tuple(
-    getattr(errno, name) for name in ("ENOENT", "EACCES", "EPERM", "EISDIR", "ENOTDIR", "ELOOP", "ENAMETOOLONG")
+    getattr(errno, name)
+    for name in ("ENOENT", "EACCES", "EPERM", "EISDIR", "ENOTDIR", "ELOOP", "ENAMETOOLONG", "EIO", "ENXIO", "EINVAL")
 )
-_ABOUT_ONE_OBJECT = ("NoSuchKey", "NoSuchBucket", "404", "InvalidRange", "416", "AccessDenied", "403")
+_ABOUT_ONE_OBJECT = (
+    *("NoSuchKey", "NoSuchBucket", "404", "InvalidRange", "416", "AccessDenied", "403"),
+    *("InvalidObjectState", "KMS.DisabledException", "KMS.NotFoundException", "PermanentRedirect", "301"),
+    "InvalidBucketName",
+)
 """An object may have permissions of its own, and a list may name any bucket; wrong credentials have other codes."""
 
 

@@ -26,13 +26,11 @@ def label_sources(sources: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: two sources are one place, or one lies in another: images would come twice.
     """
-    for number, one in enumerate(sources):
-        for other in sources[:number]:
-            if overlap(one, other):
-                raise ConfigError(
-                    f"--input {other} and {one}: one is the other or lies in it, so images would come twice; name each "
-                    "place once"
-                )
+    for one, other in _overlapping(sources):
+        raise ConfigError(
+            f"--input {one} and {other}: one is the other or lies in it, so images would come twice; name each "
+            "place once"
+        )
     paths = {source: _path_as_given(source) for source in sources}
     lengths = dict.fromkeys(sources, 1)
     while clash := _clashing({source: paths[source][-lengths[source] :] for source in sources}):
@@ -42,6 +40,14 @@ def label_sources(sources: Sequence[str]) -> dict[str, str]:
         for source in longer:
             lengths[source] += 1
     return {source: "/".join(map(quoted, paths[source][-lengths[source] :])) for source in sources}
+
+
+def _overlapping(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of which one lies in the other, or is it: in the order of their places they stand side by side."""
+    ordered = sorted((place(source), source) for source in sources)
+    for (outer, one), (inner, other) in pairwise(ordered):
+        if inner[: len(outer)] == outer:
+            yield one, other
 
 
 def _clashing(labels: dict[str, tuple[str, ...]]) -> list[str]:
