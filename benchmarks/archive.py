@@ -85,9 +85,9 @@ class Throughput:
             "batch size": self.batch_size,
             "bare pipeline, images/s": [round(before, 2), round(after, 2)],
             "job from its command to its end, images/s": round(whole, 2),
-            "job after its first unit, images/s": round(steady, 2),
+            "job after its first units, images/s": round(steady, 2),
             "job / bare, from command to end": round(whole / bare, 3),
-            "job / bare, after the first unit": round(steady / bare, 3),
+            "job / bare, after the first units": round(steady / bare, 3),
         }
 
     def options(self) -> list[str]:
@@ -285,8 +285,8 @@ def tables(results: dict[str, Any]) -> str:
         f"| bare pipeline loop, before and after | {before} and {after} images/s |",
         f"| the job, from its command to its end | {through['job from its command to its end, images/s']} images/s, "
         f"{through['job / bare, from command to end']:.1%} of the bare loop |",
-        f"| the job after its first unit of 128 | {through['job after its first unit, images/s']} images/s, "
-        f"{through['job / bare, after the first unit']:.1%} |",
+        f"| the job after its workers' first units of 128 | {through['job after its first units, images/s']} images/s, "
+        f"{through['job / bare, after the first units']:.1%} |",
         "",
         "| memory | " + " | ".join(f"{count:,} images" for count in (small, large)) + " | growth |",
         "|---|---|---|---|",
@@ -377,9 +377,10 @@ def held_memory(pid: int) -> dict[str, float]:
 
 
 def steady_rate(output: Path) -> float:
-    """Images/s from the end of the first unit to that of the last, by the manifest."""
-    times = sorted(pq.read_table(output / "manifest", columns=["finished"])["finished"].to_pylist())
-    first = 128
+    """Images/s from the end of every worker's first unit to that of the last, by the manifest."""
+    table = pq.read_table(output / "manifest", columns=["finished", "worker"]).to_pylist()
+    times = sorted(row["finished"] for row in table)
+    first = 128 * len({row["worker"] for row in table})
     return (len(times) - first) / (times[-1] - times[first - 1])
 
 

@@ -106,8 +106,9 @@ class Restore:
     """The share of the inputs that may fail; above it the job stops, with exit code 1. 1 lets all of them fail."""
     batch_size: int = 16
     """Images that a worker restores at a time; halved by itself where the memory does not suffice."""
-    workers: str = "1"
-    """Copies of the model: a number, or MIN:MAX to follow the load. On CPUs they divide the cores."""
+    workers: str | None = None
+    """Copies of the model: a number, or MIN:MAX to follow the load; they divide the cores. When left out: one for each
+    GPU, or on this machine's CPUs one for each core as far as the memory goes, or one on a cluster of CPUs."""
     gpus_per_worker: float | None = None
     """Part of a GPU that a worker takes, e.g. 0.25; all GPUs divided by the workers when left out."""
     device: str | None = None
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.begin(weights, command)
             started = True
             with ExitStack() as stack:
-                return restore(request, run, weights, Cluster(stack, *workers), lease.check)
+                return restore(request, run, weights, Cluster(stack, workers), lease.check)
     except LDBFRError as error:
         print(f"restore: {error}", file=sys.stderr)
         return EXIT_INCOMPLETE if started and not isinstance(error, ConfigError | InputError) else EXIT_BAD_REQUEST
@@ -138,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def check(request: Restore) -> tuple[int, int]:
+def check(request: Restore) -> tuple[int, int] | None:
     """Refuse what cannot work before anything is listed or started; the least (0 for all) and the most workers."""
     check_range("--batch-size", request.batch_size, 1, 4096, "16 suits a CPU")
     if not 0 <= request.max_failures <= 1:
@@ -151,7 +152,7 @@ def check(request: Restore) -> tuple[int, int]:
         )
     if not request.input:
         raise ConfigError("--input: nothing given, expected folders, archives or lists; name at least one")
-    return parse_workers(request.workers)
+    return parse_workers(request.workers) if request.workers is not None else None
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -207,13 +208,11 @@ class Cluster:
 
     Args:
         stack: ends it.
-        least: workers, 0 for all of them always.
-        most: workers.
+        workers: the least, 0 for all of them always, and the most; None to see what there is.
     """
 
     stack: ExitStack
-    least: int
-    most: int
+    workers: tuple[int, int] | None
     own: bool | None = None
 
     def start(self) -> bool:
@@ -223,7 +222,7 @@ class Cluster:
             prepare_environment()
             from jobs import restore_flow  # importing Ray takes seconds, which a mistyped option should not cost
 
-            self.own = self.stack.enter_context(restore_flow.cluster(self.most))
+            self.own = self.stack.enter_context(restore_flow.cluster(self.workers[1] if self.workers else num_cores()))
         return self.own
 
     def lister(self, step: Callable[[Item], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
@@ -288,9 +287,9 @@ def work_off(
     from jobs.metrics import RunMetrics
 
     settings = run.settings
-    workers = flow.place_workers(
-        cluster.most, request.device, settings.batch_size, own, cluster.least, request.gpus_per_worker
-    )
+    suitable = restore_flow.suitable_workers(request.device, own, weights, rounds.ledger.plan)
+    least, most = cluster.workers or (0, suitable)
+    workers = flow.place_workers(most, request.device, settings.batch_size, own, least, request.gpus_per_worker)
     log.info("loading %s (%d px) into %s", request.weights, settings.restore.side, workers)
     metrics = RunMetrics(run.output, progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,18 +10,23 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import ray
 
 from jobs.connection import connected, num_cores
 from jobs.flow import Stage, Workers, each_item, flow
 from ldbfr.archive.ledger import UnitDone
 from ldbfr.archive.outputs import UnitWriter
-from ldbfr.archive.plan import WorkItem
-from ldbfr.archive.settings import RunSettings
+from ldbfr.archive.plan import Plan, WorkItem
+from ldbfr.archive.settings import RunSettings, Weights
 from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer, UnitWork
 from ldbfr.errors import WeightsError
 
 if TYPE_CHECKING:  # readers and writers import this file too, and do without the networks
     from ldbfr.pipeline import LDBFRPipeline
+
+
+WORKER_BYTES = 3 * 2**29
+"""Of a model's process, beyond its weights."""
 
 
 @contextmanager
@@ -32,6 +38,23 @@ def cluster(num_workers: int) -> Iterator[bool]:
     cores = num_cores()
     with connected(num_workers * max(1, cores // num_workers) + max(1, cores // 2)) as own:
         yield own
+
+
+def suitable_workers(device: str | None, own: bool, weights: Weights, plan: Plan) -> int:
+    """How many workers, unless told: one for each GPU, or each core of this machine; not more than there are units.
+
+    On CPUs workers of one thread do more together than one of many threads, and their results do not depend on how
+    many cores there are. It follows from the whole plan, so that it is the same when a run is taken up.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus and device != "cpu":
+        return gpus
+    if not own:
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    each = WORKER_BYTES + 4 * weights.size
+    units = sum(part.units for part in plan.parts)
+    return max(1, min(num_cores(), int(0.8 * memory / each), units))
 
 
 @dataclass(frozen=True)

@@ -223,19 +223,19 @@ def test_killed_models_are_replaced(job: Job, quiet: Path) -> None:
 def test_a_killed_driver_loses_nothing(job: Job, quiet: Path) -> None:
     moments = random.Random(SEED + 1)
     listings = job.output / "_ldbfr" / "plan" / "archives"
-    middle = sorted(moments.sample(range(1, UNITS - 4), 2))
+    middle = moments.randrange(1, UNITS - 4)
 
     job.start()
     job.until(lambda: len(list(listings.glob("*.json"))) > moments.randrange(TARS // 2))
     job.kill()
     assert not manifest(str(job.output))
-    for number in (*middle, UNITS - 2):
+    for number in (middle, UNITS - 2):
         job.start()
         job.until(lambda number=number: job.records() >= number)
         job.kill()
     text = job.start().finish()
 
-    assert text.count("which has ended without a word") == 4, text
+    assert text.count("which has ended without a word") == 3, text
     assert "of which nothing was heard" not in text, "the lock was waited for"
     assert_same(job, quiet)
     finished = job.log.stat().st_size

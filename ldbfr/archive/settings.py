@@ -24,6 +24,8 @@ class Weights:
     reference: str
     digest: str
     preset: Preset
+    size: int = 0
+    """Bytes of all files."""
 
     @classmethod
     def find(cls, name_or_path: str) -> Self:
@@ -40,7 +42,8 @@ class Weights:
         except (OSError, ValueError) as error:
             raise WeightsError(f"{path} cannot be read ({error}): give a folder of `ldbfr export`") from error
         packaged = folder.parent == PRETRAINED_FOLDER.resolve()
-        return cls(folder.name if packaged else str(folder), manifest_digest(manifest), preset)
+        size = sum(int(entry["size"]) for entry in manifest["files"].values())
+        return cls(folder.name if packaged else str(folder), manifest_digest(manifest), preset, size)
 
 
 class RestoreSettings(Settings):
