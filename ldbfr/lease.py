@@ -303,7 +303,7 @@ class Lease:
                 reason = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
                 log.warning("%s is damaged (%s): waiting %g s for a sign of its holder", uri, reason, patience)
             return None, f"a process that cannot be named, for {uri} is damaged"
-        if first and not record.released:
+        if first and not record.released and not record.has_died():
             log.info(
                 "%s is held by %s: waiting up to %g s to see whether that lives", self.folder_uri, record, patience
             )

@@ -33,9 +33,9 @@ class Tally:
         self.note(line)
 
     def note(self, line: str) -> None:
-        """Keep the line of a failure that is counted elsewhere."""
+        """Keep the line of a failure that is counted elsewhere; what a terminal would obey in it is escaped."""
         if len(self.failures) < FAILURES_SHOWN:
-            self.failures.append(line)
+            self.failures.append("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
     def describe_failures(self) -> list[str]:
         """One line per failure shown, and one for the rest."""

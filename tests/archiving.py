@@ -27,11 +27,11 @@ from ldbfr.archive.ledger import Ledger, UnitDone, manifest_folder
 from ldbfr.archive.listing import Sources, make_plan
 from ldbfr.archive.outputs import UnitWriter
 from ldbfr.archive.plan import Plan, WorkItem
-from ldbfr.archive.rounds import Rounds
+from ldbfr.archive.rounds import Execution, Rounds
 from ldbfr.archive.rows import ResultRow
 from ldbfr.archive.run import Run
 from ldbfr.archive.settings import RestoreSettings, RunSettings
-from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer
+from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer, UnitWork
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.runner import run_here
 from ldbfr.tables import from_table
@@ -127,7 +127,7 @@ class LocalExecution:
 
     output: str
     settings: RunSettings
-    restore: Callable[..., Any] | None = None
+    restore: Callable[[UnitWork], UnitWork | UnitFailed] | None = None
     read: list[str] = field(default_factory=list)
     """Keys of the inputs that the model saw."""
 
@@ -143,13 +143,13 @@ class LocalExecution:
                 self.read += [work.rows[place].key for place in work.places]
                 with one_thread():
                     restored = restorer(work)
-                yield writer(restored)
+                yield restored if isinstance(restored, UnitFailed) else writer(restored)
 
 
 def restore_here(
     output: str,
     settings: RunSettings,
-    execution: LocalExecution | None = None,
+    execution: Execution | None = None,
     pause: Callable[[float], None] = lambda _: None,
 ) -> Ledger:
     """Restore an archive in this process, or go on with it."""
@@ -269,7 +269,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     from jobs import restore
 
     def work_off(request: Any, run: Run, weights: Any, cluster: Any, rounds: Rounds, progress: Any) -> None:
-        rounds.execute = LocalExecution(run.output, run.settings, request.on_change)
+        rounds.execute = LocalExecution(run.output, run.settings)
         rounds.pause = lambda _: None
         rounds()
 

@@ -418,6 +418,13 @@ def test_the_first_failures_are_told() -> None:
     assert len(lines) == 11
 
 
+def test_names_cannot_speak_to_the_terminal() -> None:
+    tally = Tally(1)
+    tally.note("a\x1b[31m\u202egpj.exe 写真.png: broken")
+
+    assert tally.failures == ["a\\x1b[31m\\u202egpj.exe 写真.png: broken"]
+
+
 # ---- the page of measurements ----
 
 
