@@ -281,14 +281,17 @@ def tables(results: dict[str, Any]) -> str:
     through, memory, scale = (results[name] for name in ("throughput", "memory", "scale"))
     small, large = memory["images"]
     before, after = through["bare pipeline, images/s"]
+    steady, share = (
+        next(value for key, value in through.items() if key.startswith(start))
+        for start in ("job after its first unit", "job / bare, after the first unit")
+    )
     lines = [
         f"| {through['images']:,} images, {through['weights']}, batch {through['batch size']} | |",
         "|---|---|",
         f"| bare pipeline loop, before and after | {before} and {after} images/s |",
         f"| the job, from its command to its end | {through['job from its command to its end, images/s']} images/s, "
         f"{through['job / bare, from command to end']:.1%} of the bare loop |",
-        f"| the job after its workers' first units of 128 | {through['job after its first units, images/s']} images/s, "
-        f"{through['job / bare, after the first units']:.1%} |",
+        f"| the job after its first units of 128 | {steady} images/s, {share:.1%} |",
         "",
         "| memory | " + " | ".join(f"{count:,} images" for count in (small, large)) + " | growth |",
         "|---|---|---|---|",

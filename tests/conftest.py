@@ -21,6 +21,10 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
+    # The same rounding on every x86 processor: where a gradient vanishes, Adam's step is the sign of the rounding.
+    ONEDNN_MAX_CPU_ISA="AVX2",
+    ATEN_CPU_CAPABILITY="avx2",
+    MKL_CBWR="AVX2",
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
