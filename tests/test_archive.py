@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from ldbfr import storage
 from ldbfr.archive.commands import retry_failed, status
 from ldbfr.archive.listing import Sources, list_sources, make_plan
-from ldbfr.archive.naming import format_of_output, is_image, output_key
+from ldbfr.archive.naming import format_of_output, output_key
 from ldbfr.archive.parts import Cutter, Parts, plan_folder, read_part
 from ldbfr.archive.rows import PlanRow
 from ldbfr.archive.run import Run, check_places, lock_uri, read_standing, report
 from ldbfr.archive.settings import RestoreSettings, Weights, images_in_a_unit
 from ldbfr.config import load_preset
 from ldbfr.errors import ConfigError, InputError, LDBFRError, WeightsError
+from ldbfr.inputs.keys import is_image
 from ldbfr.lease import Lease, LeaseHeldError
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.progress import Progress, Tally, duration

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ldbfr.images import FORMAT_OF_SUFFIX, IMAGE_SUFFIXES, SUFFIX_OF_FORMAT, ImageFormat
+from ldbfr.images import FORMAT_OF_SUFFIX, SUFFIX_OF_FORMAT, ImageFormat
+from ldbfr.inputs.keys import is_image
 
 OutputFormat = Literal["same", "png", "jpeg", "webp"]
 OutputLayout = Literal["files", "tar", "parquet"]
@@ -22,11 +23,6 @@ SHARDS_FOLDER = "shards"
 """Results as tar or parquet files, where they are no files of their own."""
 REPORT_FILE = "report.html"
 _OURS = (WORK_FOLDER, FIRST_STAGE_FOLDER, SIDE_BY_SIDE_FOLDER, MANIFEST_FOLDER, SHARDS_FOLDER, REPORT_FILE)
-
-
-def is_image(key: str) -> bool:
-    """Whether the key's suffix is that of an image that can be read."""
-    return suffix_of(key).lower() in IMAGE_SUFFIXES
 
 
 def suffix_of(key: str) -> str:
