@@ -3,6 +3,8 @@
 Everything that a file can do to a picture is settled here: orientation, colour profile, transparency, bit depth, size.
 """
 
+from __future__ import annotations
+
 import re
 import struct
 import warnings
@@ -10,10 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
 from PIL.BmpImagePlugin import BmpImageFile
@@ -24,6 +25,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ldbfr.errors import ConfigError, InputError
+
+if TYPE_CHECKING:  # whoever reads and writes pictures alone does without torch, whose import takes seconds
+    import torch
 
 Pixels = NDArray[np.uint8]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -242,6 +246,9 @@ def to_float(pixels: Pixels) -> torch.Tensor:
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [-1, 1], contiguous and on the CPU."""
     if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
         raise InputError(f"pixels are {pixels.dtype} {pixels.shape}, expected uint8 (..., H, W, 3); convert them first")
+
+    import torch
+
     return torch.from_numpy(pixels.astype(np.float32, order="C")).movedim(-1, -3).contiguous() / 127.5 - 1
 
 
@@ -252,6 +259,9 @@ def to_uint8(images: torch.Tensor) -> Pixels:
     """
     if images.ndim < 3 or images.shape[-3] != 3:
         raise InputError(f"images are {tuple(images.shape)}, expected (..., 3, H, W); move the channels first")
+
+    import torch
+
     values = images.detach().float()
     if values.isnan().any():
         raise InputError(

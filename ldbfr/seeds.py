@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a seed alone needs no torch, whose import takes seconds
+    import torch
+    from torch import Tensor
 
 
 def derive_seed(*what: int | str | bytes) -> int:
@@ -22,14 +24,20 @@ def derive_seed(*what: int | str | bytes) -> int:
 
 def generator(*what: int | str | bytes) -> torch.Generator:
     """A CPU generator seeded with `derive_seed(*what)`; CPU, so that every device sees the same draws."""
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(*what))
 
 
 def normal_per_sample(seeds: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
     """Standard normal noise (len(seeds), *shape) on the CPU; a sample's noise depends on its own seed alone."""
+    import torch
+
     return torch.stack([torch.randn(shape, generator=generator(int(seed), what)) for seed in seeds])
 
 
 def uniform_per_sample(seeds: Tensor, what: str) -> Tensor:
     """One uniform number in [0, 1) for every seed, (len(seeds),) float64."""
+    import torch
+
     return torch.stack([torch.rand((), generator=generator(int(seed), what), dtype=torch.float64) for seed in seeds])
