@@ -48,6 +48,12 @@ _PLUGIN_OF_SIGNATURE: dict[bytes, type[ImageFile]] = {
     rb"II[*+]\0|MM\0[*+]": TiffImageFile,
 }
 
+_FORMAT_OF_PLUGIN: dict[type[ImageFile], ImageFormat] = {
+    PngImageFile: "png",
+    JpegImageFile: "jpeg",
+    WebPImageFile: "webp",
+}
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -108,13 +114,23 @@ def decode_file(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS)
     try:
         with _without_bomb_warning(width * height):
             image.load()
-        rgb = _to_rgb(image, name)
-        orientation = _UPRIGHT.get(_orientation(image))
-        return np.array(rgb if orientation is None else rgb.transpose(orientation)), image
+        return np.array(upright(_to_rgb(image, name), orientation_of(image))), image
     except (MemoryError, InputError):
         raise
     except Exception as error:  # for a damaged file Pillow's decoders raise nearly any type
         raise _damaged(name, error) from error
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn a picture as its EXIF orientation, 1 to 8, says."""
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def format_of_data(data: bytes) -> ImageFormat | None:
+    """The format of a file, if it is one that is written too."""
+    plugin = next((plugin for start, plugin in _PLUGIN_OF_SIGNATURE.items() if re.match(start, data, re.DOTALL)), None)
+    return _FORMAT_OF_PLUGIN.get(plugin) if plugin is not None else None
 
 
 def open_header(data: bytes, name: str) -> ImageFile:
@@ -149,7 +165,7 @@ def _without_bomb_warning(num_pixels: int) -> AbstractContextManager[Any]:
     return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
 
 
-def _orientation(image: ImageFile) -> int:
+def orientation_of(image: ImageFile) -> int:
     """EXIF orientation, 1 to 8, of a loaded image; damaged EXIF data says nothing, and the pixels are still good."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
@@ -207,15 +223,24 @@ def encode_image(
 ) -> bytes:
     """Encode (H, W, 3) uint8 RGB; equal arguments give equal bytes.
 
+    See `encode_pillow`, which raises the errors; InputError also for pixels of another kind.
+    """
+    return encode_pillow(Image.fromarray(_checked(pixels)), format, quality=quality, exif=exif, icc_profile=icc_profile)
+
+
+def encode_pillow(
+    image: Image.Image, format: ImageFormat, *, quality: int = 95, exif: bytes = b"", icc_profile: bytes = b""
+) -> bytes:
+    """Encode a picture of any mode that the format has; equal arguments give equal bytes.
+
     `quality`, 1 to 100, is that of jpeg and webp; png is lossless. The EXIF block and the ICC profile are embedded as
-    they are; `ldbfr.metadata` makes ones that fit. ConfigError for another format or quality, InputError for pixels of
-    another kind, or for more of them than the format can hold.
+    they are; `ldbfr.metadata` makes ones that fit. ConfigError for another format or quality, InputError for a picture
+    that the format cannot hold.
     """
     if format not in SUFFIX_OF_FORMAT:
         raise ConfigError(f"image format {format!r}, expected one of {', '.join(SUFFIX_OF_FORMAT)}")
     if not 1 <= quality <= 100:
         raise ConfigError(f"image quality {quality}, expected 1 to 100; 95 keeps a face's detail")
-    image = Image.fromarray(_checked(pixels))
     output = BytesIO()
     beside: dict[str, Any] = {"exif": exif, "icc_profile": icc_profile}
     try:

@@ -114,8 +114,12 @@ def decode_with_metadata(data: bytes, *, name: str, limits: ImageLimits = DEFAUL
     an EXIF block over MAX_EXIF_BYTES or a profile over MAX_ICC_BYTES.
     """
     pixels, image = decode_file(data, name=name, limits=limits)
-    exif = _exif_bytes(_read_exif(_exif_source(data, image), _KEEPS))
-    return pixels, Metadata(exif, _usable_profile(image.info.get("icc_profile")))
+    return pixels, Metadata(exif_of(data, image), _usable_profile(image.info.get("icc_profile")))
+
+
+def exif_of(data: bytes, image: ImageFile) -> bytes:
+    """What `Metadata.exif` is of a file, given its bytes and what `decode_file` made of them."""
+    return _exif_bytes(_read_exif(_exif_source(data, image), _KEEPS))
 
 
 def encode_with_metadata(
@@ -137,7 +141,7 @@ def encode_with_metadata(
         pixels if shown is None else shown,
         format,
         quality=quality,
-        exif=_with_provenance(metadata.exif, provenance),
+        exif=exif_block(metadata.exif, provenance),
         icc_profile=b"" if shown is None else metadata.icc_profile,
     )
 
@@ -317,8 +321,8 @@ def _ifd_bytes(tags: _Tags, start: int, order: str) -> bytes:
     return table + bytes(4) + behind
 
 
-def _with_provenance(exif: bytes, provenance: Mapping[str, str | int] | None) -> bytes:
-    """The EXIF block of a result."""
+def exif_block(exif: bytes, provenance: Mapping[str, str | int] | None) -> bytes:
+    """The EXIF block of a result: a photo's, see `Metadata`, and the provenance, see `encode_with_metadata`."""
     block = _read_exif(exif.removeprefix(_PREFIX), _KEEPS)
     if provenance is None:
         return _exif_bytes(block)

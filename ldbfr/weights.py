@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ldbfr.errors import WeightsError
 
@@ -110,3 +114,110 @@ def find_weights(name_or_path: str | Path) -> Path:
 def pretrained_names() -> list[str]:
     """Names of the weights that come with ldbfr."""
     return sorted(folder.parent.name for folder in PRETRAINED_FOLDER.glob(f"*/{MANIFEST}"))
+
+
+# ---- single files that others publish ----
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that is not part of ldbfr, and what it must be.
+
+    Args:
+        name: under which the cache has it.
+        size: in bytes.
+        sha256: in hexadecimal.
+        url: where it is published.
+        variable: of the environment, that names a file to take instead.
+        about: what it is, for people.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    url: str
+    variable: str
+    about: str
+
+    def how_to_supply(self) -> str:
+        """What to do where it cannot be downloaded."""
+        return (
+            f"supply {self.name} ({self.size:,} bytes, SHA-256 {self.sha256}): put it into {cache_folder()}, or "
+            f"name it in ${self.variable}. It is published at {self.url}"
+        )
+
+
+DOWNLOAD_TIMEOUT_S = 20.0
+"""Without a single byte."""
+
+
+def find_file(file: RemoteFile, path: str | Path | None = None) -> Path:
+    """The file: at a given path, at the environment's, in the cache, or else downloaded into the cache.
+
+    A file that somebody names is taken as it is. What the cache has is checked, and downloaded again if it is not the
+    published one. The cache gets a file in one step once it is whole; $LDBFR_OFFLINE forbids downloads.
+
+    Raises:
+        WeightsError: it is nowhere, or what was downloaded is another file; the text says how to supply it.
+    """
+    for given, source in ((path, "the given path"), (os.environ.get(file.variable), f"${file.variable}")):
+        if given:
+            if not Path(given).is_file():
+                raise WeightsError(f"{source} {given}: no such file; {file.how_to_supply()}")
+            return Path(given)
+    cached = cache_folder() / file.name
+    if not (cached.is_file() and cached.stat().st_size == file.size and sha256_of(cached) == file.sha256):
+        download(file, cached)
+    return cached
+
+
+def download(file: RemoteFile, target: Path) -> None:
+    """Fetch a file, check it, and put it in place in one step; nothing of it stays where that fails.
+
+    Raises:
+        WeightsError: as `find_file`.
+    """
+    if os.environ.get("LDBFR_OFFLINE"):
+        raise WeightsError(
+            f"{file.about} is not on this machine, and $LDBFR_OFFLINE forbids downloads; {file.how_to_supply()}"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent) as whole:  # it has no name, so not even kill -9 leaves it
+            fetch(file, whole)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as named:
+                partial = Path(named.name)
+                try:
+                    shutil.copyfileobj(whole, named)
+                    named.flush()
+                    os.fsync(named.fileno())
+                    partial.chmod(0o644)
+                    partial.replace(target)
+                except BaseException:
+                    partial.unlink(missing_ok=True)
+                    raise
+    except OSError as error:  # what urllib raises is one
+        raise WeightsError(f"{file.about} could not be downloaded ({error}); {file.how_to_supply()}") from error
+
+
+def fetch(file: RemoteFile, into: IO[bytes]) -> None:
+    """Read a file from where it is published into an open one, and rewind.
+
+    Raises:
+        OSError: it cannot be read.
+        WeightsError: it is another file.
+    """
+    digest, size = hashlib.sha256(), 0
+    request = urllib.request.Request(file.url, headers={"User-Agent": "ldbfr"})
+    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:
+        while size <= file.size and (data := response.read(2**20)):
+            digest.update(data)
+            size += len(data)
+            into.write(data)
+    if size != file.size or digest.hexdigest() != file.sha256:
+        what = f"more than {file.size:,}" if size > file.size else f"{size:,}"
+        raise WeightsError(
+            f"{file.url} gave {what} bytes that are not {file.about}, or not all of it (SHA-256 {digest.hexdigest()}); "
+            f"try again, or {file.how_to_supply()}"
+        )
+    into.seek(0)

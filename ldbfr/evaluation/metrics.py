@@ -79,9 +79,14 @@ class IdentityModel:
         WeightsError: the extra `identity` is not installed.
     """
 
+    @staticmethod
+    def is_installed() -> bool:
+        """Whether dlib and its models are there."""
+        return all(importlib.util.find_spec(name) for name in ("dlib", "face_recognition_models"))
+
     def _models(self) -> tuple[Any, Any, Any]:
-        spec = importlib.util.find_spec("face_recognition_models")
-        if spec is None or spec.origin is None or importlib.util.find_spec("dlib") is None:
+        spec = importlib.util.find_spec("face_recognition_models") if self.is_installed() else None
+        if spec is None or spec.origin is None:
             raise WeightsError("identity distances need dlib and its models: pip install 'ldbfr[identity]'")
         return load_dlib(Path(spec.origin).parent / "models")
 

@@ -1,0 +1,272 @@
+"""PhotoRestorer: photos in, photos out (`ldbfr.pipeline` restores the faces in between).
+
+from ldbfr import LDBFRPipeline
+from ldbfr.photos import PhotoRestorer, decode_photo
+
+restore = PhotoRestorer(LDBFRPipeline.from_pretrained("faces_64"))
+result = restore(decode_photo(Path("photo.jpg").read_bytes(), name="photo.jpg"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ldbfr.errors import InputError
+from ldbfr.evaluation.metrics import IdentityModel, sharpness
+from ldbfr.faces.alignment import align, warp
+from ldbfr.faces.detection import Face, FaceDetector, YuNet
+from ldbfr.images import Pixels
+from ldbfr.photos.finding import FoundFaces, find_faces
+from ldbfr.photos.paste import Pasting, RestoredFace, paste
+from ldbfr.photos.photo import Photo, Upscaler
+from ldbfr.photos.settings import PhotoSettings
+
+if TYPE_CHECKING:  # whoever finds faces and puts them back does without the networks, whose import takes seconds
+    from ldbfr.pipeline import LDBFRPipeline
+
+Outcome = Literal["restored", "left", "refused"]
+IDENTITY_FRAME = 128
+"""Side in px of the tight frame in which identities are compared."""
+
+
+@dataclass(frozen=True)
+class FaceReport:
+    """What became of one face.
+
+    `sharpness_before` and `sharpness_after` are mean absolute Laplacians in the model's frame, in grey levels;
+    `identity_distance` is that of dlib's embeddings before and after, None without dlib; `uncertainty` is the mean
+    standard deviation over several samples as a share of the full range, None for one sample.
+    """
+
+    box: tuple[float, float, float, float]
+    landmarks: tuple[tuple[float, float], ...]
+    score: float
+    turned: int
+    outcome: Outcome
+    reason: str | None = None
+    """Why it was left alone, or refused after the model had restored it."""
+    sharpness_before: float | None = None
+    sharpness_after: float | None = None
+    identity_distance: float | None = None
+    uncertainty: float | None = None
+
+    def values(self) -> dict[str, Any]:
+        """As JSON has it: places to a hundredth of a px, numbers to four places, without what is not known."""
+        values = asdict(self)
+        values["box"] = [round(value, 2) for value in self.box]
+        values["landmarks"] = [[round(x, 2), round(y, 2)] for x, y in self.landmarks]
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+        return {key: value for key, value in rounded.items() if value is not None}
+
+
+@dataclass
+class PhotoResult:
+    """A restored photo, and what became of each of its faces."""
+
+    photo: Photo
+    faces: list[FaceReport] = field(default_factory=list)
+
+    @property
+    def num_restored(self) -> int:
+        """Faces that were restored."""
+        return sum(face.outcome == "restored" for face in self.faces)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nothing of the photo is other than in its file."""
+        return self.num_restored == 0 and not self.photo.notes
+
+    def note(self) -> str:
+        """What a person should know, in a line; empty if all went as expected."""
+        notes = list(self.photo.notes)
+        if not self.faces:
+            notes.append("no face found")
+        for outcome, verb in (("left", "left as it was"), ("refused", "refused, and left as it was")):
+            reasons: dict[str, int] = {}
+            for face in self.faces:
+                if face.outcome == outcome:
+                    reason = str(face.reason).partition(":")[0]
+                    reasons[reason] = reasons.get(reason, 0) + 1
+            notes += [f"{count} face{'s' * (count > 1)} {verb} ({reason})" for reason, count in reasons.items()]
+        return "; ".join(notes)
+
+
+def put_back(
+    photo: Photo,
+    found: FoundFaces,
+    restored: Sequence[Pixels],
+    settings: PhotoSettings,
+    *,
+    seed: int = 0,
+    uncertainties: Sequence[float | None] = (),
+    upscaler: Upscaler | None = None,
+) -> PhotoResult:
+    """The last step, which needs no networks: compose the restored faces into their photo, which is changed in place.
+
+    Args:
+        photo: as decoded.
+        found: what `find_faces` gave for it.
+        restored: (S, S, 3) for each of `found.chosen()`.
+        settings: as for `find_faces`.
+        seed: of the grain.
+        uncertainties: one for each of `restored`, where there are any.
+        upscaler: enlarges the background where `settings.scale` is above 1; Lanczos's filter when left out.
+
+    Raises:
+        WeightsError: `min_identity` is set, and dlib is not installed.
+    """
+    identity: IdentityModel | None = IdentityModel()
+    if settings.min_identity is None and not IdentityModel.is_installed():
+        identity = None
+    reports: list[FaceReport] = []
+    faces: list[RestoredFace] = []
+    results = iter(zip(restored, [*uncertainties, *[None] * len(restored)], strict=False))
+    for one in found.faces:
+        if one.alignment is None:
+            reports.append(report(one.face, "left", one.reason))
+            continue
+        after, uncertainty = next(results)
+        face = RestoredFace(one.alignment.image, after, one.alignment.matrix, one.face.points)
+        distance = None if identity is None else drift(photo, face, found.grey, settings, identity)
+        known = {
+            "sharpness_before": sharpness(face.before),
+            "sharpness_after": sharpness(after),
+            "identity_distance": distance,
+            "uncertainty": uncertainty,
+        }
+        least = settings.min_identity
+        if least is not None and distance is not None and 1 - distance < least:
+            reason = f"another person: similarity {1 - distance:.2f} is below {least:g}"
+            reports.append(report(one.face, "refused", reason, **known))
+            continue
+        reports.append(report(one.face, "restored", None, **known))
+        faces.append(face)
+    if settings.grey == "color" and faces:
+        photo = photo.in_color()
+    photo = photo.enlarged(settings.scale, upscaler)
+    how = Pasting(settings.strength, found.grey, settings.match_grain, settings.scale, seed)
+    photo.apply(paste(photo.shown, faces, how))
+    return PhotoResult(photo, reports)
+
+
+def report(face: Face, outcome: Outcome, reason: str | None, **known: float | None) -> FaceReport:
+    """Of a face."""
+    return FaceReport(face.box, face.landmarks, face.score, face.turned, outcome, reason, **known)
+
+
+def drift(photo: Photo, face: RestoredFace, grey: bool, settings: PhotoSettings, identity: IdentityModel) -> float:
+    """Distance of dlib's embeddings of a face before and after, in a tight frame; above 0.6 it is another person."""
+    before = align(photo.shown, face.landmarks, "tight", IDENTITY_FRAME)
+    # From the model's frame to the tight one, by way of the photo.
+    away = np.vstack([face.matrix, [0, 0, 1]])
+    there = (np.vstack([before.matrix, [0, 0, 1]]) @ np.linalg.inv(away))[:2]
+    change = face.change(grey) * face.mask[..., None] * np.float32(settings.strength)
+    after = before.image + warp(change, there, IDENTITY_FRAME, IDENTITY_FRAME)
+    return identity.distance(np.clip(np.rint(after), 0, 255).astype(np.uint8), before.image)
+
+
+class PhotoRestorer:
+    """Restores the faces of whole photos.
+
+    Args:
+        pipeline: restores aligned faces; its preset names the template.
+        settings: which faces, and how they are put back.
+        detector: finds them; YuNet when left out.
+        upscaler: enlarges the background where `settings.scale` is above 1; Lanczos's filter when left out.
+        batch_size: faces that are restored at a time, of one photo or of several.
+        seed: of noise and grain; a face's noise follows from it and the face alone.
+        num_samples: restorations that are drawn of each face; above 1 they give its uncertainty.
+        options: further ones of `LDBFRPipeline.__call__`.
+
+    Raises:
+        WeightsError: the detector's file cannot be found.
+    """
+
+    def __init__(
+        self,
+        pipeline: LDBFRPipeline,
+        settings: PhotoSettings | None = None,
+        *,
+        detector: FaceDetector | None = None,
+        upscaler: Upscaler | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        num_samples: int = 1,
+        **options: Any,
+    ) -> None:
+        self.pipeline, self.upscaler, self.batch_size, self.seed = pipeline, upscaler, batch_size, seed
+        self.settings = settings or PhotoSettings()
+        self.detector = detector or YuNet(min_score=self.settings.min_score, min_size=self.settings.min_face)
+        self.num_samples, self.options = num_samples, options
+
+    def __call__(self, photo: Photo) -> PhotoResult:
+        """Restore one photo, in place.
+
+        Raises:
+            InputError: it has no face, and the settings call that a failure.
+        """
+        return next(self.many([photo]))
+
+    def many(self, photos: Iterable[Photo]) -> Iterator[PhotoResult]:
+        """Restore photos, in order; a micro-batch takes faces of as many as it needs to be full.
+
+        Raises:
+            InputError: as above; check them one by one where that should not end the others.
+        """
+        waiting: list[tuple[Photo, FoundFaces]] = []
+        faces: list[Pixels] = []
+        done: list[tuple[Pixels, float | None]] = []
+
+        def finish(last: bool) -> Iterator[PhotoResult]:
+            while len(faces) >= self.batch_size or (last and faces):
+                done.extend(self.restore(faces[: self.batch_size]))
+                del faces[: self.batch_size]
+            while waiting and len(waiting[0][1].chosen()) <= len(done):
+                photo, found = waiting.pop(0)
+                count = len(found.chosen())
+                yield self.finish(photo, found, done[:count])
+                del done[:count]
+
+        for photo in photos:
+            found = self.find(photo)
+            waiting.append((photo, found))
+            faces += found.chosen()
+            yield from finish(last=False)
+        yield from finish(last=True)
+
+    def find(self, photo: Photo) -> FoundFaces:
+        """The faces of a photo."""
+        preset = self.pipeline.preset
+        found = find_faces(photo, self.detector, self.settings, preset.template, preset.side)
+        if not found.faces and self.settings.no_face == "failure":
+            raise InputError(no_face(photo.name))
+        return found
+
+    def restore(self, faces: Sequence[Pixels]) -> list[tuple[Pixels, float | None]]:
+        """A micro-batch of aligned faces: each restored, with its uncertainty."""
+        output = self.pipeline(np.stack(faces), seed=self.seed, num_samples=self.num_samples, **self.options)
+        if output.uncertainty is None:
+            return [(image, None) for image in output.images]
+        return [(image, float(map_.mean())) for image, map_ in zip(output.images, output.uncertainty, strict=True)]
+
+    def finish(self, photo: Photo, found: FoundFaces, done: Sequence[tuple[Pixels, float | None]]) -> PhotoResult:
+        """Put a photo's faces back."""
+        restored, uncertainties = [image for image, _ in done], [value for _, value in done]
+        return put_back(
+            photo,
+            found,
+            restored,
+            self.settings,
+            seed=self.seed,
+            uncertainties=uncertainties,
+            upscaler=self.upscaler,
+        )
+
+
+def no_face(name: str) -> str:
+    """What is said of a photo without a face, where that is a failure."""
+    return f"{name}: no face found, expected one at least; lower the score or the size, or give its box"
