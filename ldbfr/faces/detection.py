@@ -97,9 +97,14 @@ class YuNet:
     def __init__(
         self, model: str | Path | None = None, *, min_score: float = 0.8, min_size: float = 16, turn: bool = True
     ) -> None:
-        self.path = str(find_file(DETECTOR_FILE, model))
+        path = find_file(DETECTOR_FILE, model)
+        self.network = path.read_bytes()  # goes to the workers of a cluster with us; none of them needs the file
         self.min_score, self.min_size, self.turn = min_score, min_size, turn
-        _network(self.path)
+        try:
+            _network(self.network)
+        except cv2.error as error:
+            what = f"{path}: OpenCV cannot read it as YuNet ({error})"
+            raise WeightsError(f"{what}; {DETECTOR_FILE.how_to_supply()}") from error
 
     def __call__(self, photo: Pixels) -> list[Face]:
         """Find the faces, best first."""
@@ -149,7 +154,7 @@ class YuNet:
         padded = cv2.copyMakeBorder(
             cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), 0, -height % 32, 0, -width % 32, cv2.BORDER_REPLICATE
         )
-        network = _network(self.path)
+        network = _network(self.network)
         network.setInputSize((padded.shape[1], padded.shape[0]))
         network.setScoreThreshold(self.min_score)
         _, rows = network.detect(padded)
@@ -157,13 +162,12 @@ class YuNet:
 
 
 @lru_cache(maxsize=4)
-def _network(path: str) -> cv2.FaceDetectorYN:
-    """The network, read once by a process."""
+def _network(model: bytes) -> cv2.FaceDetectorYN:
+    """The network, built once by a process."""
     before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # it remarks on its own defaults
     try:
-        return cv2.FaceDetectorYN.create(path, "", (32, 32), 0.8, 0.3, 5_000)
-    except cv2.error as error:
-        raise WeightsError(f"{path}: OpenCV cannot read it as YuNet ({error}); supply {DETECTOR_FILE.name}") from error
+        parts = np.frombuffer(model, np.uint8), np.empty(0, np.uint8)
+        return cv2.FaceDetectorYN.create("onnx", *parts, (32, 32), 0.8, 0.3, 5_000)
     finally:
         cv2.utils.logging.setLogLevel(before)
 

@@ -165,6 +165,10 @@ class Photo:
         exif = exif_block(self.exif if keep else b"", provenance)
         return encode_pillow(image, format, quality=quality, exif=exif, icc_profile=profile)
 
+    def file_like(self, data: bytes, format: ImageFormat, keep: bool) -> bytes | None:
+        """The bytes of its own file, where they are what is to be written of an unchanged photo; else None."""
+        return data if format == self.format and keep else None
+
     def image(self, format: ImageFormat) -> tuple[Image.Image, bytes]:
         """What a format holds of it, and the profile that belongs to that."""
         colours, profile, mode = self.colours, self.profile, self.mode

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # whoever finds faces and puts them back does without the net
     from ldbfr.pipeline import LDBFRPipeline
 
 Outcome = Literal["restored", "left", "refused"]
+NO_FACE = "no face found, expected one at least; lower the score or the size, or give its box"
 IDENTITY_FRAME = 128
 """Side in px of the tight frame in which identities are compared."""
 
@@ -69,16 +70,22 @@ class PhotoResult:
 
     photo: Photo
     faces: list[FaceReport] = field(default_factory=list)
+    is_unchanged: bool = False
+    """Whether it shows just what its file does."""
 
     @property
     def num_restored(self) -> int:
         """Faces that were restored."""
         return sum(face.outcome == "restored" for face in self.faces)
 
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether nothing of the photo is other than in its file."""
-        return self.num_restored == 0 and not self.photo.notes
+    def check(self, settings: PhotoSettings) -> None:
+        """Refuse a photo that the settings call a failure.
+
+        Raises:
+            InputError: it has no face.
+        """
+        if not self.faces and settings.no_face == "failure":
+            raise InputError(f"{self.photo.name}: {NO_FACE}")
 
     def note(self) -> str:
         """What a person should know, in a line; empty if all went as expected."""
@@ -150,7 +157,7 @@ def put_back(
     photo = photo.enlarged(settings.scale, upscaler)
     how = Pasting(settings.strength, found.grey, settings.match_grain, settings.scale, seed)
     photo.apply(paste(photo.shown, faces, how))
-    return PhotoResult(photo, reports)
+    return PhotoResult(photo, reports, is_unchanged=not faces and settings.scale == 1)
 
 
 def report(face: Face, outcome: Outcome, reason: str | None, **known: float | None) -> FaceReport:
@@ -209,13 +216,14 @@ class PhotoRestorer:
         Raises:
             InputError: it has no face, and the settings call that a failure.
         """
-        return next(self.many([photo]))
+        result = next(self.many([photo]))
+        result.check(self.settings)
+        return result
 
     def many(self, photos: Iterable[Photo]) -> Iterator[PhotoResult]:
         """Restore photos, in order; a micro-batch takes faces of as many as it needs to be full.
 
-        Raises:
-            InputError: as above; check them one by one where that should not end the others.
+        What the settings call a failure is told by `PhotoResult.check`.
         """
         waiting: list[tuple[Photo, FoundFaces]] = []
         faces: list[Pixels] = []
@@ -241,10 +249,7 @@ class PhotoRestorer:
     def find(self, photo: Photo) -> FoundFaces:
         """The faces of a photo."""
         preset = self.pipeline.preset
-        found = find_faces(photo, self.detector, self.settings, preset.template, preset.side)
-        if not found.faces and self.settings.no_face == "failure":
-            raise InputError(no_face(photo.name))
-        return found
+        return find_faces(photo, self.detector, self.settings, preset.template, preset.side)
 
     def restore(self, faces: Sequence[Pixels]) -> list[tuple[Pixels, float | None]]:
         """A micro-batch of aligned faces: each restored, with its uncertainty."""
@@ -265,8 +270,3 @@ class PhotoRestorer:
             uncertainties=uncertainties,
             upscaler=self.upscaler,
         )
-
-
-def no_face(name: str) -> str:
-    """What is said of a photo without a face, where that is a failure."""
-    return f"{name}: no face found, expected one at least; lower the score or the size, or give its box"

@@ -37,7 +37,7 @@ class PhotoSettings(Settings):
     faces: WhichFaces = "all"
     max_faces: int | None = Field(default=None, ge=1)
     min_face: float = Field(default=16, ge=4)
-    max_face: float = Field(default=math.inf, gt=0, allow_inf_nan=True)
+    max_face: float | None = Field(default=None, gt=0)
     boxes: tuple[Box, ...] = ()
     min_score: float = Field(default=0.8, gt=0, lt=1)
     sharp_faces: Literal["leave", "restore"] = "leave"
@@ -55,7 +55,7 @@ class PhotoSettings(Settings):
         Raises:
             ConfigError: naming the values.
         """
-        if self.max_face < self.min_face:
+        if self.max_face is not None and self.max_face < self.min_face:
             raise ConfigError(
                 f"max_face {self.max_face:g} is below min_face {self.min_face:g}: no face could be chosen"
             )
@@ -67,4 +67,5 @@ class PhotoSettings(Settings):
     @property
     def selection(self) -> Selection:
         """The part that chooses among the found faces."""
-        return Selection(self.faces, self.max_faces, self.min_face, self.max_face, self.boxes)
+        most = math.inf if self.max_face is None else self.max_face
+        return Selection(self.faces, self.max_faces, self.min_face, most, self.boxes)
