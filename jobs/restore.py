@@ -7,9 +7,9 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout will do
 
@@ -26,9 +26,13 @@ from ldbfr.archive.settings import RestoreSettings, RunSettings, Weights, images
 from ldbfr.config import SchedulerName, check_range
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
 from ldbfr.lease import Lease
+from ldbfr.photos.options import PhotoOptions
 from ldbfr.places import absolute
 from ldbfr.progress import Progress, Tally
 from ldbfr.runner import Item, Result, run_here
+
+if TYPE_CHECKING:
+    from ldbfr.photos.finding import FaceFinder
 
 log = logging.getLogger("restore")
 
@@ -45,9 +49,9 @@ class Restore:
     """Restore every image of an archive: ten files in a folder, or a hundred million in a bucket.
 
     Inputs may be folders and prefixes of any depth, tar, tar.gz, zip and parquet files, and text files with one URI a
-    line; on a disk or s3://, mixed. Each image (PNG, JPEG, WebP, BMP, TIFF) is one aligned face; it is cropped to its
-    central square and resized to the model's side. What cannot be restored becomes a row that says why; it never stops
-    the others.
+    line; on a disk or s3://, mixed. With --faces all the images (PNG, JPEG, WebP, BMP, TIFF) are photos: their faces
+    are found, restored and put back. Without it each image is one aligned face; it is cropped to its central square and
+    resized to the model's side. What cannot be restored becomes a row that says why; it never stops the others.
 
     Below the output: the results in the inputs' folders (or shards/), manifest/ (parquet, one row per input),
     report.html, and _ldbfr/ with the plan and the records. The same command goes on where it was stopped, and reads
@@ -59,6 +63,8 @@ class Restore:
         python jobs/restore.py --input faces/ --output restored/
 
         python jobs/restore.py --input s3://bucket/archive/ --output s3://bucket/restored/ --format jpeg --quality 90
+
+        python jobs/restore.py --input s3://bucket/photos/ --output s3://bucket/better/ --faces all
 
         python jobs/restore.py --input a.zip more.tar uris.txt --output restored/ --layout tar --workers 1:4
 
@@ -83,6 +89,9 @@ class Restore:
     """Take low frequencies, thus colours, from the first stage."""
     seed: int = 0
     """Of the noise; an image's noise follows from it and the image alone."""
+    photos: Annotated[PhotoOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: PhotoOptions("none"))
+    detector: str | None = None
+    """The face detector's file; $LDBFR_FACE_DETECTOR, the cache or a download when left out."""
     layout: OutputLayout = "files"
     """One file per result in the inputs' folders, or tar or parquet shards of --shard-images results each."""
     format: OutputFormat = "same"
@@ -98,7 +107,8 @@ class Restore:
     column: str | None = None
     """Of parquet files: the one with the images' bytes or URIs; found when left out."""
     shard_images: int | None = None
-    """Images between two records of what is done, and in a shard; 128, fewer of large faces, when left out."""
+    """Images between two records of what is done, and in a shard; 128, fewer of large faces, 16 photos, when left
+    out."""
     on_change: Literal["keep", "restore", "fail"] = "keep"
     """Of a finished input, when the command is given again: "keep" does not read it; "restore" and "fail" read every
     input again, and restore it, or let it fail, if its bytes are others than before."""
@@ -126,11 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
         weights = Weights.find(request.weights)
         run = Run(absolute(request.output), run_settings(request, weights))
         check_places(run.settings.inputs, run.output)
+        finder = face_finder(request, run, weights)
         with Lease.acquire(lock_uri(run.output), f"`{command}`") as lease:
             run.begin(weights, command)
             started = True
             with ExitStack() as stack:
-                return restore(request, run, weights, Cluster(stack, workers), lease.check)
+                return restore(request, run, weights, Cluster(stack, workers), finder, lease.check)
     except LDBFRError as error:
         print(f"restore: {error}", file=sys.stderr)
         return EXIT_INCOMPLETE if started and not isinstance(error, ConfigError | InputError) else EXIT_BAD_REQUEST
@@ -187,9 +198,11 @@ def run_settings(request: Restore, weights: Weights) -> RunSettings:
         first_stage=request.first_stage,
         side_by_side=request.side_by_side,
         keep_metadata=request.keep_metadata,
+        photos=request.photos.settings(),
     )
     most = max(1, MOST_UNIT_BYTES // (3 * restore.side**2))
-    shard_images = images_in_a_unit(restore.side) if request.shard_images is None else request.shard_images
+    photos = restore.photos is not None
+    shard_images = images_in_a_unit(restore.side, photos) if request.shard_images is None else request.shard_images
     check_range("--shard-images", shard_images, 1, min(most, 100_000), "a unit's faces travel together")
     return RunSettings(
         inputs=tuple(sorted({absolute(uri) for uri in request.input})),
@@ -237,7 +250,33 @@ class Cluster:
         yield from flow.RayRunner(num_cores() if own else flow.num_cpus())(step, items)
 
 
-def restore(request: Restore, run: Run, weights: Weights, cluster: Cluster, check: Callable[[], None]) -> int:
+def face_finder(request: Restore, run: Run, weights: Weights) -> FaceFinder | None:
+    """Finds the faces of photos, in any process; None where every image is one aligned face.
+
+    Raises:
+        WeightsError: the detector's file cannot be found, or dlib is missing where identities are asked for.
+    """
+    photos = run.settings.restore.photos
+    if photos is None:
+        return None
+    from ldbfr.evaluation.metrics import IdentityModel
+    from ldbfr.faces.detection import YuNet  # importing OpenCV takes time, which a mistyped option should not cost
+    from ldbfr.photos.finding import FaceFinder
+
+    if photos.min_identity is not None:
+        IdentityModel.check_installed()
+    detector = YuNet(request.detector, min_score=photos.min_score, min_size=photos.min_face)
+    return FaceFinder(detector, photos, weights.preset.template, weights.preset.side)
+
+
+def restore(
+    request: Restore,
+    run: Run,
+    weights: Weights,
+    cluster: Cluster,
+    finder: FaceFinder | None,
+    check: Callable[[], None],
+) -> int:
     """List what is not listed, restore what is left, and report."""
     settings = run.settings
     if not is_planned(run.output):
@@ -262,7 +301,7 @@ def restore(request: Restore, run: Run, weights: Weights, cluster: Cluster, chec
     progress = Progress(tally, tell=lambda line: write_status(run.output, line))
     rounds = Rounds(ledger, lambda _: iter(()), request.max_failures)
     if ledger.left():
-        work_off(request, run, weights, cluster, rounds, progress)
+        work_off(request, run, weights, cluster, finder, rounds, progress)
     return finish(run, ledger, rounds, progress)
 
 
@@ -279,7 +318,13 @@ def follow(tally: Tally, ledger: Ledger) -> None:
 
 
 def work_off(
-    request: Restore, run: Run, weights: Weights, cluster: Cluster, rounds: Rounds, progress: Progress
+    request: Restore,
+    run: Run,
+    weights: Weights,
+    cluster: Cluster,
+    finder: FaceFinder | None,
+    rounds: Rounds,
+    progress: Progress,
 ) -> None:
     """Restore what is left."""
     own = cluster.start()
@@ -301,7 +346,7 @@ def work_off(
         metrics.update(rounds.ledger.done)
         progress.update()
 
-    rounds.execute = restore_flow.RayExecution(run.output, settings, weights.reference, workers)
+    rounds.execute = restore_flow.RayExecution(run.output, settings, weights.reference, workers, finder)
     rounds.progress = after
     try:
         rounds()

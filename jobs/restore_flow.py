@@ -22,11 +22,14 @@ from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer, UnitWork
 from ldbfr.errors import WeightsError
 
 if TYPE_CHECKING:  # readers and writers import this file too, and do without the networks
+    from ldbfr.photos.finding import FaceFinder
     from ldbfr.pipeline import LDBFRPipeline
 
 
 WORKER_BYTES = 3 * 2**29
 """Of a model's process, beyond its weights."""
+PHOTO_BYTES = 3 * 2**29
+"""Of a process that finds the faces of photos, or puts them back."""
 
 
 @contextmanager
@@ -66,12 +69,14 @@ class RayExecution:
         settings: of the run.
         weights: finds the weights on any node.
         workers: the model's actors.
+        finder: finds the faces of whole photos; None where every image is one aligned face.
     """
 
     output: str
     settings: RunSettings
     weights: str
     workers: Workers
+    finder: FaceFinder | None = None
 
     def __call__(self, items: Sequence[WorkItem]) -> Iterator[UnitDone | UnitFailed]:
         """What became of every unit, in any order.
@@ -80,7 +85,7 @@ class RayExecution:
             LDBFRError: a worker cannot start.
         """
         side = self.settings.restore.side
-        reader = UnitReader(self.output, side, self.settings.column)
+        reader = UnitReader(self.output, side, self.settings.column, finder=self.finder)
         workers = self.workers
         yield from flow(
             items,
@@ -94,7 +99,10 @@ class RayExecution:
                     "num_gpus": workers.gpus,
                 },
             ),
-            Stage(partial(each_item, step=WriteStep(UnitWriter(self.output, self.settings))), {"num_cpus": 1}),
+            Stage(
+                partial(each_item, step=WriteStep(UnitWriter(self.output, self.settings))),
+                {"num_cpus": 1, **({"memory": PHOTO_BYTES} if self.finder else {})},
+            ),
         )
 
 
@@ -103,6 +111,8 @@ def reading_memory(settings: RunSettings) -> int:
 
     It also keeps Ray from joining the reading with the actors' work, where one would wait for the other.
     """
+    if settings.restore.photos is not None:
+        return PHOTO_BYTES
     return 2**29 + 2 * 3 * settings.restore.side**2 * settings.shard_images
 
 

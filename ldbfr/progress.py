@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 log = logging.getLogger(__name__)
 
 FAILURES_SHOWN = 10
+LEAST_SECONDS = 0.5
+"""A rate over less says nothing."""
 
 
 @dataclass
@@ -90,9 +92,10 @@ class Progress:
 
     def rate(self) -> float | None:
         """Images per second since the first results; None until there are more."""
-        if self.first is None or self.tally.done == self.first[1] or self.clock() == self.first[0]:
+        if self.first is None or self.tally.done == self.first[1]:
             return None
-        return (self.tally.done - self.first[1]) / (self.clock() - self.first[0])
+        seconds = self.clock() - self.first[0]
+        return (self.tally.done - self.first[1]) / seconds if seconds >= LEAST_SECONDS else None
 
     def summary(self) -> str:
         """The line for the end."""

@@ -5,16 +5,19 @@ Whatever is written follows from the inputs and the settings alone, so a unit th
 
 from __future__ import annotations
 
+import json
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
-from typing import NamedTuple
+from math import inf
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldbfr import __version__, storage
+from ldbfr import storage
 from ldbfr.archive.faults import scope
 from ldbfr.archive.gallery import wanted
 from ldbfr.archive.ledger import UnitDone, write_record
@@ -28,12 +31,15 @@ from ldbfr.archive.naming import (
 from ldbfr.archive.plan import UnitId
 from ldbfr.archive.rows import Picture, ResultRow
 from ldbfr.archive.settings import RunSettings
-from ldbfr.archive.steps import UnitFailed, UnitWork, failed
+from ldbfr.archive.steps import UNFINISHED, UnitFailed, UnitWork, failed
 from ldbfr.data.ranges import THREADS, in_parallel
 from ldbfr.errors import InputError, LDBFRError, StorageError
 from ldbfr.evaluation.metrics import sharpness
 from ldbfr.images import Pixels, encode_image, resize
 from ldbfr.metadata import Metadata, encode_with_metadata
+from ldbfr.photos.output import PhotoFile
+from ldbfr.photos.photo import decode_photo
+from ldbfr.photos.restorer import NO_FACE, put_back
 from ldbfr.seeds import derive_seed
 from ldbfr.tables import read_rows, write_rows
 
@@ -47,6 +53,18 @@ class Shown(NamedTuple):
     """Of the result."""
     files: dict[str, bytes]
     """By the folder that they go to; "" is that of the results."""
+
+
+class Encoded(NamedTuple):
+    """A result before it is written."""
+
+    key: str
+    files: dict[str, bytes]
+    before: bytes
+    """Small JPEG for the report."""
+    after: bytes
+    known: dict[str, Any]
+    """Fields of its row."""
 
 
 class ShardRow(NamedTuple):
@@ -78,71 +96,120 @@ class UnitWriter:
                 self.write_files(work, shown)
             else:
                 self.write_shard(work, shown)
-            done = UnitDone(work.id, work.rows, self.pictures(work))
+            done = UnitDone(work.id, work.rows, self.pictures(work, shown))
             write_record(self.output, done)
         except StorageError as error:
             return UnitFailed(work.id, str(error), fatal=scope(error) == "all")
         return done
 
-    def encode(self, work: UnitWork) -> dict[int, Shown]:
-        """The files of every face that is in work, by its row's place; rows get everything but where the files lie."""
+    def encode(self, work: UnitWork) -> dict[int, Encoded]:
+        """The files of every row that is in work, by its place; rows get everything but where the files lie."""
         shown = {}
         restore = self.settings.restore
-        for number, place in enumerate(work.places):
+        for place in work.photos or work.places:
             started = time.perf_counter()
             row = work.rows[place]
-            assert work.faces is not None
-            assert work.restored is not None
-            face, image = work.faces[number], work.restored[number]
+            if work.photos and row.cause != UNFINISHED:
+                continue  # one of its faces failed
             try:
-                shown[place] = Shown(output_key(row.key, restore.format), self.files(work, number))
+                encoded = self.photo(work, place) if work.photos else self.face(work, work.places.index(place))
             except InputError as error:  # a format that cannot hold it
                 work.rows[place] = failed(row, "not written", str(error))
                 continue
+            except MemoryError:
+                reason = "the memory does not suffice to compose it; shrink it, or give the machine more"
+                work.rows[place] = failed(row, "too large", reason)
+                continue
+            if isinstance(encoded, str):
+                work.rows[place] = failed(row, "no face", encoded)
+                continue
+            shown[place] = encoded
             work.rows[place] = row._replace(
                 status="restored",
                 cause=None,
-                faces=1,
                 seed=restore.seed,
                 weights=self.settings.weights,
-                settings=restore.digest(),
-                sharpness_input=sharpness(face),
-                sharpness=sharpness(image),
+                settings=self.settings_digest,
                 seconds_write=time.perf_counter() - started,
+                **encoded.known,
             )
         return shown
 
-    def files(self, work: UnitWork, number: int) -> dict[str, bytes]:
-        """What is written of a face, by folder."""
-        row, metadata = work.rows[work.places[number]], work.metadata[number]
+    @cached_property
+    def settings_digest(self) -> str:
+        """Of the restoration's settings."""
+        return self.settings.restore.digest()
+
+    def face(self, work: UnitWork, number: int) -> Encoded:
+        """The files of an aligned face.
+
+        Raises:
+            InputError: the format cannot hold it.
+        """
+        row = work.rows[work.places[number]]
         assert work.faces is not None
         assert work.restored is not None
-        image = work.restored[number]
-        files = {"": self.file(row, image, metadata)}
+        face, image = work.faces[number], work.restored[number]
+        wanted = {"": image}
         if work.first_stage is not None:
-            files[FIRST_STAGE_FOLDER] = self.file(row, work.first_stage[number], metadata)
+            wanted[FIRST_STAGE_FOLDER] = work.first_stage[number]
         if self.settings.restore.side_by_side:
-            both = np.concatenate([work.faces[number], image], axis=1)
-            files[SIDE_BY_SIDE_FOLDER] = self.file(row, both, metadata)
-        return files
+            wanted[SIDE_BY_SIDE_FOLDER] = np.concatenate([face, image], axis=1)
+        files = {folder: self.file(row, pixels, work.metadata[number]) for folder, pixels in wanted.items()}
+        known = {"faces": 1, "sharpness_input": sharpness(face), "sharpness": sharpness(image)}
+        return Encoded(output_key(row.key, self.settings.restore.format), files, small(face), small(image), known)
 
     def file(self, row: ResultRow, image: Pixels, metadata: Metadata) -> bytes:
         """One encoded picture, with where it comes from."""
         restore = self.settings.restore
-        about: dict[str, str | int] = {
-            "software": f"ldbfr {__version__}",
-            "weights": self.settings.weights,
-            "settings": restore.digest(),
-            "seed": restore.seed,
-            "input_sha256": row.digest or "",
-        }
         kept = metadata if restore.keep_metadata else Metadata()
         format = format_of_output(row.key, restore.format)
+        about = restore.provenance(self.settings.weights, row.digest or "")
         return encode_with_metadata(image, format, quality=restore.quality, metadata=kept, provenance=about)
+
+    def photo(self, work: UnitWork, place: int) -> Encoded | str:
+        """The files of a whole photo; or why it has none.
+
+        Raises:
+            InputError: the format cannot hold it.
+        """
+        restore, row, (data, found) = self.settings.restore, work.rows[place], work.photos[place]
+        assert restore.photos is not None
+        numbers = work.faces_of(place)
+        uncertainties = [work.uncertainties[number] for number in numbers]
+        images = [] if work.restored is None else [work.restored[number] for number in numbers]
+        if not found.faces and restore.photos.no_face == "failure":
+            return NO_FACE
+        writer = PhotoFile(
+            format_of_output(row.key, restore.format),
+            restore.quality,
+            restore.keep_metadata,
+            restore.provenance(self.settings.weights, row.digest or ""),
+        )
+        photo = decode_photo(data, name=row.input)
+        before = photo.shown.copy() if restore.side_by_side else None
+        thumbnail = small(photo.shown)
+        result = put_back(photo, found, images, restore.photos, seed=restore.seed, uncertainties=uncertainties)
+        files = {"": writer(result, data)}
+        if before is not None:
+            files[SIDE_BY_SIDE_FOLDER] = writer.side_by_side(before, result)
+        if work.first_stage is not None:
+            firsts = [work.first_stage[number] for number in numbers]
+            photo = decode_photo(data, name=row.input)
+            files[FIRST_STAGE_FOLDER] = writer(put_back(photo, found, firsts, restore.photos, seed=restore.seed), data)
+        notes = [result.note(), *result.photo.losses(writer.format)]
+        known = {
+            "faces": result.num_restored,
+            "face_details": json.dumps([face.values() for face in result.faces]),
+            "note": "; ".join(filter(None, notes)) or None,
+            "sharpness_input": mean(face.sharpness_before for face in result.faces),
+            "sharpness": mean(face.sharpness_after for face in result.faces),
+        }
+        return Encoded(output_key(row.key, restore.format), files, thumbnail, small(result.photo.shown), known)
 
     # ---- files ----
 
-    def write_files(self, work: UnitWork, shown: Mapping[int, Shown]) -> None:
+    def write_files(self, work: UnitWork, shown: Mapping[int, Encoded]) -> None:
         """Every picture as a file of its own.
 
         Raises:
@@ -157,7 +224,7 @@ class UnitWriter:
             row = work.rows[place]
             try:
                 # The result itself, "", comes last: where it is, all the others are.
-                key, files = shown[place]
+                key, files = shown[place].key, shown[place].files
                 uris = {folder: self.put(key, folder, files[folder]) for folder in sorted(files, reverse=True)}
             except LDBFRError as error:
                 if isinstance(error, StorageError) and scope(error) != "one":
@@ -182,7 +249,7 @@ class UnitWriter:
 
     # ---- shards ----
 
-    def write_shard(self, work: UnitWork, shown: Mapping[int, Shown]) -> None:
+    def write_shard(self, work: UnitWork, shown: Mapping[int, Encoded]) -> None:
         """All pictures of the unit in one file, in the order of the inputs; what was kept of an earlier one stays.
 
         Raises:
@@ -190,7 +257,7 @@ class UnitWriter:
         """
         uri = shard_uri(self.output, work.id, self.settings.layout)
         started = time.perf_counter()
-        members = dict(shown)
+        members = {place: Shown(one.key, one.files) for place, one in shown.items()}
         kept = [place for place, row in enumerate(work.rows) if row.output == uri and place not in shown]
         if kept:
             try:
@@ -222,26 +289,32 @@ class UnitWriter:
 
     # ---- pictures for the report ----
 
-    def pictures(self, work: UnitWork) -> list[Picture]:
+    def pictures(self, work: UnitWork, shown: Mapping[int, Encoded]) -> list[Picture]:
         """Small pictures of those that the report may show."""
         seed = self.settings.restore.seed
-        numbers = [number for number, place in enumerate(work.places) if work.rows[place].status == "restored"]
-        rows = [work.rows[work.places[number]] for number in numbers]
+        places = [place for place in shown if work.rows[place].status == "restored"]
+        rows = [work.rows[place] for place in places]
         ranks = [derive_seed("gallery", seed, row.key) for row in rows]
-        scores = [row.sharpness or 0.0 for row in rows]
-        if work.faces is None or work.restored is None:
-            return []
+        # A photo without faces has no sharpness; it is not among the worst.
+        scores = [inf if row.sharpness is None else row.sharpness for row in rows]
         return [
-            Picture(rows[i].key, rows[i].input, ranks[i], scores[i], small(work.faces[n]), small(work.restored[n]))
+            Picture(rows[i].key, rows[i].input, ranks[i], scores[i], shown[places[i]].before, shown[places[i]].after)
             for i in wanted(list(zip(ranks, scores, strict=True)))
-            for n in [numbers[i]]
         ]
 
 
-def small(face: Pixels) -> bytes:
-    """A JPEG of a face, at most PICTURE_SIDE wide."""
-    side = min(len(face), PICTURE_SIDE)
-    return encode_image(face if side == len(face) else resize(face, side, side), "jpeg", quality=85)
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of what is known; None if nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def small(image: Pixels) -> bytes:
+    """A JPEG of a picture, at most PICTURE_SIDE px a side."""
+    height, width = image.shape[:2]
+    shrink = min(1.0, PICTURE_SIDE / max(height, width))
+    height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
+    return encode_image(image if shrink == 1 else resize(image, height, width), "jpeg", quality=85)
 
 
 def shard_uri(output: str, unit: UnitId, layout: str) -> str:

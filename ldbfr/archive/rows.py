@@ -68,6 +68,8 @@ class ResultRow(NamedTuple):
     height: int | None = None
     faces: int | None = None
     """Faces restored in it."""
+    face_details: str | None = None
+    """JSON: a list with the box, the landmarks, the outcome and more of every face found in a photo."""
     output: str | None = None
     """URI of the restored image, or of the shard that holds it."""
     member: str | None = None
@@ -88,7 +90,7 @@ class ResultRow(NamedTuple):
     seconds_read: float | None = None
     """Reading, decoding, cropping."""
     seconds_model: float | None = None
-    """The micro-batch's time over its length."""
+    """The micro-batch's time over its length, for each of the faces."""
     seconds_write: float | None = None
     """Encoding and writing."""
     worker: str | None = None
@@ -107,6 +109,6 @@ class Picture(NamedTuple):
     sharpness: float
     """Of the result; the smallest are the worst."""
     before: bytes
-    """JPEG of what the model saw, at most 192 px wide."""
+    """JPEG of what the model saw, or of the photo, at most 192 px a side."""
     after: bytes
     """JPEG of the result, of the same size."""

@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+from ldbfr import __version__
 from ldbfr.archive.naming import OutputFormat, OutputLayout
 from ldbfr.config import Preset, SchedulerName, Settings, check_range, parse_preset
 from ldbfr.errors import ConfigError, WeightsError
+from ldbfr.photos.settings import PhotoSettings
 from ldbfr.weights import PRESET_FILE, PRETRAINED_FOLDER, find_weights, manifest_digest, read_manifest
 
 
@@ -66,6 +68,37 @@ class RestoreSettings(Settings):
     """Whether a picture of input and result side by side is kept too."""
     keep_metadata: bool = True
     """Whether the results carry the inputs' EXIF data and colour profile."""
+    num_samples: int = 1
+    """Restorations that are drawn of each face; above 1 they give its uncertainty."""
+    photos: PhotoSettings | None = None
+    """How faces are found and put back; None where every image is one aligned face."""
+
+    def provenance(self, weights: str, input_sha256: str) -> dict[str, str | int]:
+        """What a result's file says of where it comes from.
+
+        Args:
+            weights: their digest.
+            input_sha256: of the input's bytes, in hexadecimal.
+        """
+        return {
+            "software": f"ldbfr {__version__}",
+            "weights": weights,
+            "settings": self.digest(),
+            "seed": self.seed,
+            "input_sha256": input_sha256,
+        }
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Of `LDBFRPipeline.__call__`."""
+        return {
+            "num_inference_steps": self.steps,
+            "start_step": self.start_step,
+            "scheduler": self.scheduler,
+            "condition_scale": self.condition_scale,
+            "color_correction": self.color_correction,
+            "seed": self.seed,
+            "num_samples": self.num_samples,
+        }
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: equal settings, equal digest."""
@@ -87,6 +120,8 @@ class RestoreSettings(Settings):
         first_stage: bool = False,
         side_by_side: bool = False,
         keep_metadata: bool = True,
+        num_samples: int = 1,
+        photos: PhotoSettings | None = None,
     ) -> Self:
         """Take from the preset what is None, and check every value.
 
@@ -107,11 +142,14 @@ class RestoreSettings(Settings):
             first_stage=first_stage,
             side_by_side=side_by_side,
             keep_metadata=keep_metadata,
+            num_samples=num_samples,
+            photos=photos,
         )
         limit = preset.diffusion.num_train_timesteps
         check_range("--start-step", settings.start_step, 1, limit, f"{limit} starts from pure noise")
         check_range("--steps", settings.steps, 0, settings.start_step, "0 is the first stage alone")
         check_range("--quality", settings.quality, 1, 100, "95 keeps a face's detail")
+        check_range("--samples", num_samples, 1, 64 if settings.steps else 1, "the first stage alone has only one")
         check_range("--seed", settings.seed, -(2**63), 2**63 - 1, "0 is the default")
         if not (math.isfinite(settings.condition_scale) and settings.condition_scale >= 0):
             raise ConfigError(
@@ -140,14 +178,19 @@ class RunSettings(Settings):
         """All settings side by side, for people and for comparison."""
         values = self.model_dump(mode="json")
         restore = values.pop("restore")
-        return {**values, **restore}
+        photos = restore.pop("photos") or {"faces": "none"}
+        return {**values, **restore, **photos}
 
 
+PHOTOS_IN_A_UNIT = 16
+"""Whose files travel together."""
 IMAGES_IN_A_UNIT = 128
 UNIT_BYTES = 2**25
 """Of the faces of a unit, which travel together: 42 faces of 512 px."""
 
 
-def images_in_a_unit(side: int) -> int:
+def images_in_a_unit(side: int, photos: bool = False) -> int:
     """How many images are done between two records, unless told otherwise: fewer of large ones, which take longer."""
+    if photos:
+        return PHOTOS_IN_A_UNIT
     return max(1, min(IMAGES_IN_A_UNIT, UNIT_BYTES // (3 * side * side)))

@@ -10,9 +10,9 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,22 @@ from ldbfr.inputs.entries import Container
 from ldbfr.inputs.keys import printable
 from ldbfr.inputs.reading import Inputs
 from ldbfr.metadata import Metadata, decode_with_metadata
+from ldbfr.photos.finding import FoundFaces
+from ldbfr.photos.photo import Photo, decode_photo
 
 if TYPE_CHECKING:  # readers and writers do without the networks, whose import takes seconds
     from ldbfr.pipeline import LDBFRPipeline
+
+
+UNFINISHED = "unfinished"
+"""The cause of a row that is still in work."""
+
+
+class FoundPhoto(NamedTuple):
+    """A photo on its way: its file, which is small, and the faces found in it."""
+
+    data: bytes
+    found: FoundFaces
 
 
 @dataclass
@@ -44,6 +57,14 @@ class UnitWork:
     metadata: list[Metadata] = field(default_factory=list)
     restored: Pixels | None = None
     first_stage: Pixels | None = None
+    uncertainties: list[float | None] = field(default_factory=list)
+    """Of the faces."""
+    photos: dict[int, FoundPhoto] = field(default_factory=dict)
+    """By the row's place, where whole photos are restored: each has as many of the faces as were chosen in it."""
+
+    def faces_of(self, place: int) -> list[int]:
+        """The numbers of the faces that belong to a row, in order."""
+        return [number for number, other in enumerate(self.places) if other == place]
 
     def fail(self, places: Sequence[int], cause: str, reason: str) -> None:
         """Let the rows at these places fail, all for one reason."""
@@ -53,7 +74,7 @@ class UnitWork:
     def keep(self, chosen: Sequence[int]) -> None:
         """Go on with these of the faces alone, by their numbers."""
         self.places = [self.places[number] for number in chosen]
-        self.metadata = [self.metadata[number] for number in chosen]
+        self.metadata = [self.metadata[number] for number in chosen] if self.metadata else []
         if self.faces is not None:
             self.faces = self.faces[list(chosen)]
 
@@ -95,19 +116,21 @@ def settled(row: PlanRow) -> ResultRow:
 
 @dataclass(frozen=True)
 class UnitReader:
-    """Reads the inputs of units: bytes -> upright RGB -> central square -> (S, S, 3).
+    """Reads the inputs of units: bytes -> upright RGB -> central square, or every face found -> (S, S, 3).
 
     Args:
         output: URI of the run, where its plan is.
         side: S, in px.
         column: of parquet files.
         limits: the largest file and picture accepted.
+        finder: finds the faces of whole photos; None where every image is one aligned face.
     """
 
     output: str
     side: int
     column: str | None = None
     limits: ImageLimits = DEFAULT_LIMITS
+    finder: Callable[[Photo], FoundFaces] | None = None
 
     def __call__(self, item: WorkItem) -> Iterator[UnitWork | UnitFailed]:
         """The units of an item, one after the other."""
@@ -141,50 +164,60 @@ class UnitReader:
         if prior is not None:
             work.rows = list(prior)
         faces: list[Pixels] = []
-        data = inputs.read([rows[place].entry() for place in wanted])
+        found_data = inputs.read([rows[place].entry() for place in wanted])
         started = time.perf_counter()
-        for place, found in zip(wanted, data, strict=True):
-            row, face, metadata = self.one(start(rows[place]), found, prior[place] if prior is not None else None, mode)
+        for place, found in zip(wanted, found_data, strict=True):
+            row, data = self.identify(start(rows[place]), found, prior[place] if prior is not None else None, mode)
+            if data is not None:
+                row, own = self.take(row, data, work, place)
+                faces += own
             if row.seconds_read is None:
                 row = row._replace(seconds_read=time.perf_counter() - started)
             started = time.perf_counter()
             work.rows[place] = row
-            if face is not None:
-                work.places.append(place)
-                faces.append(face)
-                work.metadata.append(metadata)
         work.faces = np.stack(faces) if faces else None
         return work
 
-    def one(
+    def identify(
         self, row: ResultRow, data: bytes | LDBFRError, prior: ResultRow | None, mode: Mode
-    ) -> tuple[ResultRow, Pixels | None, Metadata]:
-        """One input: its row, and its face (S, S, 3) unless it failed or stays as it was."""
-        none = Metadata()
+    ) -> tuple[ResultRow, bytes | None]:
+        """What is known of an input before it is decoded: its row, and its bytes unless there is nothing to do."""
         before = earlier(prior) if prior is not None else None
         if isinstance(data, LDBFRError):
             kept = prior if before is not None else None  # what is gone did not change
-            return kept or failed(row, "unreadable", str(data)), None, none
+            return kept or failed(row, "unreadable", str(data)), None
         row = row._replace(size=len(data), digest=hashlib.sha256(data).hexdigest())
-        if before is not None:
-            if row.digest == before.digest:
-                return before, None, none
-            if mode == "fail":
-                reason = "the input has other bytes than when it was restored; see --on-change restore"
-                return failed(before, CHANGED, reason), None, none
-            # Should the new bytes be of no use, the old result stays, and the row says where.
-            row = row._replace(output=before.output, member=before.member)
+        if before is None:
+            return row, data
+        if row.digest == before.digest:
+            return before, None
+        if mode == "fail":
+            reason = "the input has other bytes than when it was restored; see --on-change restore"
+            return failed(before, CHANGED, reason), None
+        # Should the new bytes be of no use, the old result stays, and the row says where.
+        return row._replace(output=before.output, member=before.member), data
+
+    def take(self, row: ResultRow, data: bytes, work: UnitWork, place: int) -> tuple[ResultRow, list[Pixels]]:
+        """Decode an input: its row, and its faces (S, S, 3), which `work` is told of."""
         try:
-            pixels, metadata = decode_with_metadata(data, name=row.input, limits=self.limits)
-            square = crop_to_square(pixels)
-            face = resize(square, self.side, self.side)
+            if self.finder is None:
+                pixels, metadata = decode_with_metadata(data, name=row.input, limits=self.limits)
+                faces = [resize(crop_to_square(pixels), self.side, self.side)]
+                work.metadata.append(metadata)
+                note = describe_fit(pixels, self.side)
+            else:
+                photo = decode_photo(data, name=row.input, limits=self.limits)
+                found = self.finder(photo)
+                pixels, faces, note = photo.shown, found.chosen(), None
+                work.photos[place] = FoundPhoto(data, found)
         except InputError as error:
-            return failed(row, "broken", str(error)), None, none
+            return failed(row, "broken", str(error)), []
         except MemoryError:
             reason = "the memory does not suffice to decode it; shrink it, or give the machine more"
-            return failed(row, "too large", reason), None, none
+            return failed(row, "too large", reason), []
+        work.places += [place] * len(faces)
         height, width = pixels.shape[:2]
-        return row._replace(width=width, height=height, note=describe_fit(pixels, self.side)), face, metadata
+        return row._replace(width=width, height=height, note=note), faces
 
 
 def earlier(prior: ResultRow) -> ResultRow | None:
@@ -198,7 +231,7 @@ def start(row: PlanRow) -> ResultRow:
     """The row of an input as it sets out; it ends as failed unless something better comes."""
     if row.status is not None:
         return settled(row)
-    return ResultRow(row.name, row.key, "failed", "unfinished", size=row.size or None)
+    return ResultRow(row.name, row.key, "failed", UNFINISHED, size=row.size or None)
 
 
 def by_unit(rows: Sequence[PlanRow]) -> dict[int, list[PlanRow]]:
@@ -252,27 +285,29 @@ class UnitRestorer:
         """The unit with its faces restored."""
         if work.faces is None:
             return work
-        images, first_stages, chosen = [], [], []
+        images, first_stages, uncertainties, chosen = [], [], [], []
         start = 0
         while start < len(work.faces):
             numbers = list(range(start, min(start + self.batch_size, len(work.faces))))
             done = self.batch(work, numbers)
             if done is None:
                 continue  # the same faces again, fewer at a time
-            for number, image, first_stage in done:
+            for number, image, first_stage, uncertainty in done:
                 chosen.append(number)
                 images.append(image)
                 first_stages.append(first_stage)
+                uncertainties.append(uncertainty)
             start += len(numbers)
         work.keep(chosen)
         work.restored = np.stack(images) if images else None
+        work.uncertainties = uncertainties
         work.first_stage = np.stack(first_stages) if images and self.settings.first_stage else None
         if not images:
             work.faces = None
         return work
 
-    def batch(self, work: UnitWork, numbers: list[int]) -> list[tuple[int, Pixels, Pixels]] | None:
-        """Restore some of the faces: number, image, first stage of each; None where they were too many at a time.
+    def batch(self, work: UnitWork, numbers: list[int]) -> list[RestoredFaceOf] | None:
+        """Restore some of the faces; None where they were too many at a time.
 
         A micro-batch that the model refuses is tried again face by face, so that only the culprit fails.
         """
@@ -295,22 +330,24 @@ class UnitRestorer:
         seconds = (time.perf_counter() - started) / len(numbers)
         for number in numbers:
             place = work.places[number]
-            work.rows[place] = work.rows[place]._replace(seconds_model=seconds, worker=this_worker())
-        return list(zip(numbers, result.images, result.first_stage, strict=True))
+            before = work.rows[place].seconds_model or 0.0
+            work.rows[place] = work.rows[place]._replace(seconds_model=before + seconds, worker=this_worker())
+        maps = result.uncertainty
+        means = [None] * len(numbers) if maps is None else [float(map_.mean()) for map_ in maps]
+        return list(map(RestoredFaceOf, numbers, result.images, result.first_stage, means))
 
     def run(self, faces: Pixels) -> Any:
         """One call of the pipeline."""
-        settings = self.settings
-        return self.pipeline(
-            faces,
-            num_inference_steps=settings.steps,
-            start_step=settings.start_step,
-            scheduler=settings.scheduler,
-            condition_scale=settings.condition_scale,
-            color_correction=settings.color_correction,
-            seed=settings.seed,
-            return_first_stage=True,
-        )
+        return self.pipeline(faces, return_first_stage=True, **self.settings.pipeline_options())
+
+
+class RestoredFaceOf(NamedTuple):
+    """What the model made of one of a unit's faces."""
+
+    number: int
+    image: Pixels
+    first_stage: Pixels
+    uncertainty: float | None
 
 
 class BrokenDeviceError(RuntimeError):

@@ -84,10 +84,21 @@ class IdentityModel:
         """Whether dlib and its models are there."""
         return all(importlib.util.find_spec(name) for name in ("dlib", "face_recognition_models"))
 
-    def _models(self) -> tuple[Any, Any, Any]:
-        spec = importlib.util.find_spec("face_recognition_models") if self.is_installed() else None
-        if spec is None or spec.origin is None:
+    @classmethod
+    def check_installed(cls) -> None:
+        """Refuse to go on without.
+
+        Raises:
+            WeightsError: the extra `identity` is not installed.
+        """
+        if not cls.is_installed():
             raise WeightsError("identity distances need dlib and its models: pip install 'ldbfr[identity]'")
+
+    def _models(self) -> tuple[Any, Any, Any]:
+        self.check_installed()
+        spec = importlib.util.find_spec("face_recognition_models")
+        assert spec is not None
+        assert spec.origin is not None
         return load_dlib(Path(spec.origin).parent / "models")
 
     def landmarks(self, image: Pixels) -> Any:

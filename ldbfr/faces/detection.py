@@ -7,8 +7,7 @@ is found twice is found once. Where nothing is found the photo is turned: a scan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import cv2
 import numpy as np
 
 from ldbfr.errors import WeightsError
-from ldbfr.faces.alignment import Points
+from ldbfr.faces.face import Face
 from ldbfr.images import Pixels, resize
 from ldbfr.weights import RemoteFile, find_file
 
@@ -44,41 +43,6 @@ CERTAIN = 0.92
 CLEARLY_MORE = 1.1
 SAME = 0.4
 """Intersection over union, or over the smaller one of very unlike boxes, from which two boxes are one face."""
-
-
-@dataclass(frozen=True)
-class Face:
-    """A face in a photo, in px of the upright photo."""
-
-    box: tuple[float, float, float, float]
-    """Left, top, width, height; may reach over the photo's border."""
-    landmarks: tuple[tuple[float, float], ...]
-    """Five (x, y): the eyes, the nose, the corners of the mouth; of each pair first the one on the left of an upright
-    face's picture."""
-    score: float = 1.0
-    """Of the detector, 0 to 1."""
-    turned: int = 0
-    """Degrees clockwise by which the photo was turned to find it."""
-
-    @property
-    def points(self) -> Points:
-        """The landmarks, (5, 2)."""
-        return np.array(self.landmarks)
-
-    @property
-    def size(self) -> float:
-        """Geometric mean of the box's sides, in px."""
-        return math.sqrt(max(0.0, self.box[2] * self.box[3]))
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        """Of the box."""
-        left, top, width, height = self.box
-        return left + width / 2, top + height / 2
-
-
-FaceDetector = Callable[[Pixels], list[Face]]
-"""Finds the faces of an upright sRGB photo (H, W, 3); any order."""
 
 
 class YuNet:

@@ -9,8 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ldbfr.faces.alignment import template
-from ldbfr.faces.detection import Face
+from ldbfr.faces.face import Face
 
 WhichFaces = Literal["all", "largest", "center"]
 Box = tuple[float, float, float, float]
@@ -98,6 +97,8 @@ def overlap(one: Box, other: Box) -> float:
 
 def face_of_box(box: Box) -> Face:
     """An upright frontal face with this box, its landmarks where most faces have them; its score is 0."""
+    from ldbfr.faces.alignment import template  # OpenCV takes time, which the command line's options should not cost
+
     left, top, width, height = _BOX_IN_FRAME
     points = (template("ffhq", 512) + 0.5) / 512
     within = (points - (left, top)) / (width, height)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ldbfr.faces.alignment import Alignment, align, inverse, warp
-from ldbfr.faces.detection import Face, FaceDetector
+from ldbfr.faces.face import Face, FaceDetector
 from ldbfr.faces.selection import select
 from ldbfr.images import Pixels
 from ldbfr.photos.paste import LUMA, RestoredFace, area_of, noise_level, patch_around
@@ -59,6 +59,20 @@ class FoundFaces:
     def chosen(self) -> list[Pixels]:
         """What the model is to restore, (S, S, 3) each, in order."""
         return [found.alignment.image for found in self.faces if found.alignment is not None]
+
+
+@dataclass(frozen=True)
+class FaceFinder:
+    """`find_faces` with everything but the photo settled; it can be sent to another process."""
+
+    detector: FaceDetector
+    settings: PhotoSettings
+    template: str
+    side: int
+
+    def __call__(self, photo: Photo) -> FoundFaces:
+        """The faces of a photo."""
+        return find_faces(photo, self.detector, self.settings, self.template, self.side)
 
 
 def find_faces(photo: Photo, detector: FaceDetector, settings: PhotoSettings, template: str, side: int) -> FoundFaces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,3 +74,21 @@ class PhotoOptions:
             first = error.errors()[0]
             option = "--" + str(first["loc"][0]).replace("_", "-").replace("match-grain", "grain")
             raise ConfigError(f"{option} {first['input']}: {first['msg']}; see --help") from error
+
+
+def parse_boxes(texts: Sequence[str], faces: str) -> tuple[Box, ...]:
+    """ "120,80,64,64" -> (120.0, 80.0, 64.0, 64.0), for each.
+
+    Raises:
+        ConfigError: one is not four numbers, or no faces are looked for.
+    """
+    if texts and faces == "none":
+        raise ConfigError("--box with --faces none: an aligned face is taken as a whole; leave one of them out")
+    boxes = []
+    for text in texts:
+        try:
+            left, top, width, height = (float(part) for part in text.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--box {text}: expected LEFT,TOP,WIDTH,HEIGHT in px, such as 120,80,64,64") from error
+        boxes.append((left, top, width, height))
+    return tuple(boxes)

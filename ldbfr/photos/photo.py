@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any, Literal
@@ -145,29 +145,32 @@ class Photo:
         format: ImageFormat,
         *,
         quality: int = 95,
-        provenance: dict[str, str | int] | None = None,
-        keep: bool = True,
+        provenance: Mapping[str, str | int] | None = None,
+        keep_metadata: bool = True,
     ) -> bytes:
-        """The photo as a file, with its EXIF, profile and the provenance; equal photos give equal bytes.
-
-        What the format cannot hold is told by `losses`.
+        """The photo as a file; equal photos give equal bytes. What the format cannot hold is told by `losses`.
 
         Args:
             format: "png", "jpeg" or "webp".
             quality: of the latter two, 1 to 100.
             provenance: see `ldbfr.metadata.encode_with_metadata`.
-            keep: the input's EXIF data.
+            keep_metadata: the EXIF data and the colour profile; without them it becomes sRGB.
 
         Raises:
             InputError: it is too large for the format.
         """
-        image, profile = self.image(format)
-        exif = exif_block(self.exif if keep else b"", provenance)
+        kept = self if keep_metadata else self.without_metadata()
+        image, profile = kept.image(format)
+        exif = exif_block(kept.exif, provenance)
         return encode_pillow(image, format, quality=quality, exif=exif, icc_profile=profile)
 
-    def file_like(self, data: bytes, format: ImageFormat, keep: bool) -> bytes | None:
-        """The bytes of its own file, where they are what is to be written of an unchanged photo; else None."""
-        return data if format == self.format and keep else None
+    def without_metadata(self) -> Photo:
+        """Without EXIF and profile, in sRGB where there was one."""
+        if not self.profile:
+            return replace(self, exif=b"")
+        shown = self.shown[..., 0] if self.mode == "L" else self.shown
+        mode: Mode = "L" if self.mode == "L" else "RGB"
+        return replace(self, colours=np.ascontiguousarray(shown), mode=mode, profile=b"", exif=b"")
 
     def image(self, format: ImageFormat) -> tuple[Image.Image, bytes]:
         """What a format holds of it, and the profile that belongs to that."""

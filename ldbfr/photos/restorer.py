@@ -18,9 +18,10 @@ import numpy as np
 from ldbfr.errors import InputError
 from ldbfr.evaluation.metrics import IdentityModel, sharpness
 from ldbfr.faces.alignment import align, warp
-from ldbfr.faces.detection import Face, FaceDetector, YuNet
+from ldbfr.faces.detection import YuNet
+from ldbfr.faces.face import Face, FaceDetector
 from ldbfr.images import Pixels
-from ldbfr.photos.finding import FoundFaces, find_faces
+from ldbfr.photos.finding import FaceFinder, FoundFaces
 from ldbfr.photos.paste import Pasting, RestoredFace, paste
 from ldbfr.photos.photo import Photo, Upscaler
 from ldbfr.photos.settings import PhotoSettings
@@ -207,7 +208,8 @@ class PhotoRestorer:
     ) -> None:
         self.pipeline, self.upscaler, self.batch_size, self.seed = pipeline, upscaler, batch_size, seed
         self.settings = settings or PhotoSettings()
-        self.detector = detector or YuNet(min_score=self.settings.min_score, min_size=self.settings.min_face)
+        detector = detector or YuNet(min_score=self.settings.min_score, min_size=self.settings.min_face)
+        self.find = FaceFinder(detector, self.settings, pipeline.preset.template, pipeline.side)
         self.num_samples, self.options = num_samples, options
 
     def __call__(self, photo: Photo) -> PhotoResult:
@@ -245,11 +247,6 @@ class PhotoRestorer:
             faces += found.chosen()
             yield from finish(last=False)
         yield from finish(last=True)
-
-    def find(self, photo: Photo) -> FoundFaces:
-        """The faces of a photo."""
-        preset = self.pipeline.preset
-        return find_faces(photo, self.detector, self.settings, preset.template, preset.side)
 
     def restore(self, faces: Sequence[Pixels]) -> list[tuple[Pixels, float | None]]:
         """A micro-batch of aligned faces: each restored, with its uncertainty."""
