@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from math import inf
+from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,9 @@ from ldbfr.seeds import derive_seed
 from ldbfr.tables import read_rows, write_rows
 
 PICTURE_SIDE = 192
+"""Most px a side of an aligned face in the report."""
+PHOTO_SIDE = 320
+"""Most px a side of a photo."""
 
 
 class Shown(NamedTuple):
@@ -188,7 +191,7 @@ class UnitWriter:
         )
         photo = decode_photo(data, name=row.input)
         before = photo.shown.copy() if restore.side_by_side else None
-        thumbnail = small(photo.shown)
+        thumbnail = small(photo.shown, PHOTO_SIDE)
         result = put_back(photo, found, images, restore.photos, seed=restore.seed, uncertainties=uncertainties)
         files = {"": writer(result, data)}
         if before is not None:
@@ -205,7 +208,9 @@ class UnitWriter:
             "sharpness_input": mean(face.sharpness_before for face in result.faces),
             "sharpness": mean(face.sharpness_after for face in result.faces),
         }
-        return Encoded(output_key(row.key, restore.format), files, thumbnail, small(result.photo.shown), known)
+        return Encoded(
+            output_key(row.key, restore.format), files, thumbnail, small(result.photo.shown, PHOTO_SIDE), known
+        )
 
     # ---- files ----
 
@@ -295,8 +300,8 @@ class UnitWriter:
         places = [place for place in shown if work.rows[place].status == "restored"]
         rows = [work.rows[place] for place in places]
         ranks = [derive_seed("gallery", seed, row.key) for row in rows]
-        # A photo without faces has no sharpness; it is not among the worst.
-        scores = [inf if row.sharpness is None else row.sharpness for row in rows]
+        # A photo without faces has no sharpness; it goes last among the worst.
+        scores = [nan if row.sharpness is None else row.sharpness for row in rows]
         return [
             Picture(rows[i].key, rows[i].input, ranks[i], scores[i], shown[places[i]].before, shown[places[i]].after)
             for i in wanted(list(zip(ranks, scores, strict=True)))
@@ -309,10 +314,10 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def small(image: Pixels) -> bytes:
-    """A JPEG of a picture, at most PICTURE_SIDE px a side."""
+def small(image: Pixels, side: int = PICTURE_SIDE) -> bytes:
+    """A JPEG of a picture, at most `side` px a side."""
     height, width = image.shape[:2]
-    shrink = min(1.0, PICTURE_SIDE / max(height, width))
+    shrink = min(1.0, side / max(height, width))
     height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
     return encode_image(image if shrink == 1 else resize(image, height, width), "jpeg", quality=85)
 

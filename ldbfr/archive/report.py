@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -204,11 +205,12 @@ def _pairs(pictures: Sequence[Picture]) -> str:
 
 
 def _pair(shown: Picture) -> str:
+    sharpness = "no face restored" if math.isnan(shown.sharpness) else f"sharpness {amount(shown.sharpness)}"
     return (
         f'<li><figure class="pair"><div>{picture(shown.before, f"{shown.key}, before")}'
         f"{picture(shown.after, f'{shown.key}, after')}</div>"
         f'<figcaption><bdi dir="auto" title="{text(shown.input)}">{text(shown.key)}</bdi>'
-        f"<span>sharpness {amount(shown.sharpness)}</span></figcaption></figure></li>"
+        f"<span>{sharpness}</span></figcaption></figure></li>"
     )
 
 

@@ -107,8 +107,8 @@ class Picture(NamedTuple):
     rank: int
     """Place among the random ones: those with the smallest are shown."""
     sharpness: float
-    """Of the result; the smallest are the worst."""
+    """Of the result; the smallest are the worst. NaN where no face was restored."""
     before: bytes
-    """JPEG of what the model saw, or of the photo, at most 192 px a side."""
+    """JPEG of what the model saw, or of the photo, small."""
     after: bytes
     """JPEG of the result, of the same size."""

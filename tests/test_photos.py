@@ -1,0 +1,296 @@
+"""Photos: what their files hold is kept, and PhotoRestorer changes faces and nothing else."""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from ldbfr.errors import ConfigError, InputError
+from ldbfr.evaluation.metrics import IdentityModel
+from ldbfr.faces import Face, template
+from ldbfr.faces.selection import face_of_box
+from ldbfr.images import ImageFormat, Pixels, decode_image, encode_image
+from ldbfr.metadata import read_provenance
+from ldbfr.photos import FaceReport, Photo, PhotoRestorer, PhotoSettings, decode_photo
+from ldbfr.photos.paste import Area, Patch
+from ldbfr.photos.photo import lanczos
+from tests import tiny
+from tests.test_metadata import ADOBE_RGB, DISPLAY_P3, camera_exif, rgb_profile, saved, smooth, srgb_profile, tags_of
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are faster so, and do not suffer from what else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def photo_of(data: bytes) -> Photo:
+    return decode_photo(data, name="a.img")
+
+
+def of_pixels(pixels: Pixels) -> Photo:
+    return photo_of(encode_image(pixels, "png"))
+
+
+def reopened(photo: Photo, format: ImageFormat = "png", **options: Any) -> Image.Image:
+    image = Image.open(io.BytesIO(photo.encode(format, **options)))
+    image.load()
+    return image
+
+
+# ---- files in, files out ----
+
+
+def image_of_mode(mode: str, height: int = 12, width: int = 18, seed: int = 0) -> Image.Image:
+    """A picture of any mode, with every alpha where there is one."""
+    rng = np.random.default_rng(seed)
+    rgb = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8))
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 2**16, (height, width), dtype=np.uint16))
+    if mode == "LAB":
+        return Image.frombytes("LAB", rgb.size, rgb.tobytes())
+    image = rgb.convert({"LA": "L", "RGBA": "RGB", "PA": "P", "clear P": "P", "clear RGB": "RGB"}.get(mode, mode))
+    if mode in ("LA", "RGBA", "PA"):
+        image.putalpha(alpha)
+    if mode == "clear P":
+        image.info["transparency"] = 3
+    if mode == "clear RGB":
+        image.info["transparency"] = image.getpixel((0, 0))
+    return image
+
+
+KEPT = {
+    **{("PNG", mode): mode for mode in ("L", "LA", "RGB", "RGBA", "I;16")},
+    **{("PNG", "1"): "L", ("PNG", "P"): "RGB", ("PNG", "clear P"): "RGBA", ("PNG", "clear RGB"): "RGBA"},
+    **{("TIFF", mode): mode for mode in ("L", "LA", "RGB", "RGBA", "I;16", "CMYK")},
+    **{("TIFF", "P"): "RGB", ("TIFF", "PA"): "RGBA", ("TIFF", "YCbCr"): "RGB", ("TIFF", "LAB"): "RGB"},
+    **{("JPEG", "L"): "L", ("JPEG", "RGB"): "RGB", ("JPEG", "CMYK"): "CMYK", ("BMP", "RGB"): "RGB", ("TIFF", "1"): "L"},
+    **{("WEBP", "RGB"): "RGB", ("WEBP", "RGBA"): "RGBA", ("BMP", "L"): "L", ("BMP", "P"): "RGB"},
+}
+"""What becomes of each mode of each format."""
+
+
+@pytest.mark.parametrize(("format", "mode"), KEPT)
+def test_every_mode_comes_through(format: str, mode: str) -> None:
+    """Unchanged, a photo's file has its samples, bit for bit, its alpha and what it shows."""
+    image = image_of_mode(mode)
+    data = saved(image, format, lossless=True)
+    source = Image.open(io.BytesIO(data))
+    source.load()
+    photo = photo_of(data)
+    assert (photo.height, photo.width) == (12, 18)
+    assert np.array_equal(photo.shown, decode_image(data, name="a.img"))
+    kept = KEPT[format, mode]
+    if kept == "CMYK":
+        assert np.array_equal(photo.colours, np.asarray(source))
+        result = reopened(photo, "jpeg", quality=100)
+        assert np.abs(np.asarray(result).astype(int) - np.asarray(source)).max() <= 6
+        assert reopened(photo).mode == "RGB"
+        assert np.array_equal(np.asarray(reopened(photo)), photo.shown)
+        return
+    result = reopened(photo)
+    assert result.mode == kept
+    assert result.size == (18, 12)
+    if kept == mode or "clear" in mode or mode in ("1", "P", "PA"):
+        assert np.array_equal(np.asarray(result), np.asarray(source.convert(kept) if kept != mode else source))
+    assert np.array_equal(decode_image(photo.encode("png"), name="a.img"), photo.shown)
+    changed = kept != mode and "RGB" not in mode
+    assert any("became" in note for note in photo.notes) == changed
+    assert any("not written" in note for note in photo.notes) == (format in ("TIFF", "BMP"))
+
+
+@pytest.mark.parametrize("output", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "clear P", "RGB", "clear RGB", "RGBA", "I;16", "CMYK"])
+def test_every_output_shows_the_photo(mode: str, output: ImageFormat) -> None:
+    """On white every format shows the same, up to its loss, and `losses` tells what it does not hold."""
+    smooth_alpha = Image.fromarray(smooth(20, 30)[..., 0])
+    image = Image.fromarray(smooth(20, 30)).convert("RGB")
+    if mode == "I;16":
+        image = Image.fromarray(smooth(20, 30)[..., 1].astype(np.uint16) * 257)
+    elif mode != "RGB":
+        image = image.convert({"LA": "L", "RGBA": "RGB", "clear P": "P", "clear RGB": "RGB"}.get(mode, mode))
+    if mode in ("LA", "RGBA"):
+        image.putalpha(smooth_alpha)
+    photo = photo_of(saved(image, "TIFF" if mode == "CMYK" else "PNG"))
+    shown = decode_image(photo.encode(output, quality=100), name="a.img")
+    tolerance = {"png": 0, "jpeg": 4, "webp": 12}[output] if mode not in ("1", "P", "clear P") else 90
+    assert np.abs(shown.astype(int) - photo.shown).max() <= (0 if output == "png" else tolerance)
+    expected = {
+        ("RGBA", "jpeg"): "transparent",
+        ("LA", "jpeg"): "transparent",
+        ("CMYK", "png"): "CMYK became RGB",
+        ("CMYK", "webp"): "CMYK became RGB",
+        ("I;16", "jpeg"): "16 bits",
+        ("I;16", "webp"): "16 bits",
+    }.get((mode, output))
+    assert [expected in loss for loss in photo.losses(output)] == ([] if expected is None else [True])
+
+
+@given(st.sampled_from(sorted(KEPT)), st.integers(1, 40), st.integers(1, 40), st.sampled_from(["png", "jpeg", "webp"]))
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_any_size_of_any_mode(kind: tuple[str, str], height: int, width: int, output: ImageFormat) -> None:
+    format, mode = kind
+    photo = photo_of(saved(image_of_mode(mode, height, width), format))
+    assert reopened(photo, output).size == (width, height)
+    large = photo.enlarged(2)
+    assert reopened(large, output).size == (2 * width, 2 * height)
+    assert large.mode == photo.mode
+    assert large.colours.dtype == photo.colours.dtype
+
+
+def test_floating_point_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a\.img: floating-point samples, expected integers"):
+        photo_of(saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_upright_and_its_exif(mode: str, orientation: int) -> None:
+    format: ImageFormat = "jpeg" if mode == "CMYK" else "png"
+    data = saved(image_of_mode(mode), format, exif=camera_exif(orientation=orientation))
+    photo = photo_of(data)
+    size = (12, 18) if orientation >= 5 else (18, 12)
+    assert photo.shown.shape[1::-1] == photo.colours.shape[1::-1] == size
+    assert np.array_equal(photo.shown, decode_image(data, name="a.img"))
+    result = photo.encode(format, provenance={"by": "me"})
+    assert tags_of(result)[ORIENTATION] == 1
+    assert tags_of(result)[0x010F] == "Maker"
+    assert read_provenance(result, name="a.img") == {"by": "me"}
+    assert result == photo.encode(format, provenance={"by": "me"})
+    assert 0x010F not in tags_of(photo.encode(format, keep=False))
+    if format == "png":
+        assert np.array_equal(decode_image(result, name="a.img"), photo.shown)
+
+
+# ---- colour ----
+
+PROFILES = {"srgb": srgb_profile(), "p3": rgb_profile(*DISPLAY_P3), "adobe": rgb_profile(*ADOBE_RGB)}
+
+
+def repaint(photo: Photo, area: Area, value: int) -> None:
+    """What `paste` does: change a part of what is shown, and tell of it."""
+    before = area.of(photo.shown).copy()
+    area.of(photo.shown)[...] = value
+    assert photo.apply([Patch(area, before, area.of(photo.shown))]) == 1
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_profiles_are_kept_and_changes_made_in_them(profile: str, mode: str) -> None:
+    """The photo's own samples stay where nothing changed; where something did, the file shows it."""
+    image = Image.fromarray(smooth(20, 30))
+    if mode == "RGBA":
+        image.putalpha(255)
+    data = saved(image, "PNG", icc_profile=PROFILES[profile])
+    photo = photo_of(data)
+    area = Area(5, 5, 15, 12)
+    repaint(photo, area, 120)
+    result = reopened(photo)
+    assert result.info["icc_profile"] == PROFILES[profile]
+    kept = np.ones((20, 30), bool)
+    area.of(kept)[...] = False
+    assert np.array_equal(np.asarray(result)[kept], np.asarray(image)[kept])
+    shown = decode_image(photo.encode("png"), name="a.img")
+    assert np.abs(shown.astype(int) - photo.shown).max() <= 2
+    assert np.abs(area.of(shown).astype(int) - 120).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "CMYK", "RGBA", "clear P"])
+def test_changes_reach_every_kind_of_samples(mode: str) -> None:
+    image = image_of_mode(mode, 20, 30)
+    photo = photo_of(saved(image, "TIFF" if mode == "CMYK" else "PNG"))
+    before, area = photo.colours.copy(), Area(5, 5, 15, 12)
+    repaint(photo, area, 120)
+    kept = np.ones((20, 30), bool)
+    area.of(kept)[...] = False
+    assert np.array_equal(photo.colours[kept], before[kept])
+    assert not np.array_equal(area.of(photo.colours), area.of(before))
+    if mode in ("L", "I;16"):
+        shown = decode_image(photo.encode("png"), name="a.img")
+        assert np.abs(area.of(shown).astype(int) - 120).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [("RGBA", b"no profile"), ("RGB", b"no profile"), ("L", b"no profile"), ("clear P", PROFILES["p3"])]
+    + [("P", PROFILES["p3"]), ("P", b"no profile"), ("L", PROFILES["p3"]), ("CMYK", PROFILES["p3"])],
+)
+def test_profiles_that_do_not_fit_change_nothing_that_is_shown(mode: str, profile: bytes) -> None:
+    image = image_of_mode(mode)
+    photo = photo_of(saved(image, "TIFF" if mode == "CMYK" else "PNG", icc_profile=profile))
+    assert photo.profile == b""
+    assert np.array_equal(decode_image(photo.encode("png"), name="a.img"), photo.shown)
+    if mode == "RGBA":
+        assert np.array_equal(np.asarray(reopened(photo)), np.asarray(image))
+
+
+def test_one_tone() -> None:
+    """Grey and sepia are of one tone, noise or not; colours are not."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (60, 80), dtype=np.uint8)
+    share = grey[..., None] / 255
+    sepia = np.rint(255 * share ** np.array([0.8, 1.0, 1.35])).astype(np.uint8)
+    assert of_pixels(np.repeat(grey[..., None], 3, axis=2)).is_of_one_tone()
+    assert of_pixels(sepia).is_of_one_tone()
+    assert photo_of(saved(Image.fromarray(grey), "PNG")).is_of_one_tone()
+    assert of_pixels(np.full((1, 1, 3), (200, 10, 30), np.uint8)).is_of_one_tone()
+    assert not of_pixels(smooth(60, 80)).is_of_one_tone()
+    assert not of_pixels(tiny.blob_faces(1, 64)[0]).is_of_one_tone()
+
+
+# ---- enlarging ----
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_enlarged_by_a_filter(mode: str, scale: int) -> None:
+    photo = photo_of(saved(image_of_mode(mode), "TIFF" if mode == "CMYK" else "PNG"))
+    large = photo.enlarged(scale)
+    assert np.array_equal(large.shown, lanczos(photo.shown, scale))
+    assert large.colours.shape[:2] == (12 * scale, 18 * scale)
+    assert (large.alpha is None) == (photo.alpha is None)
+    assert large.shares_pixels == photo.shares_pixels
+    assert photo.enlarged(1) is photo
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK", "I;16"])
+def test_enlarged_by_a_model(mode: str) -> None:
+    """A model gets what is shown and the factor; what it gives is what the file shows."""
+    asked = []
+
+    def upscaler(pixels: Pixels, scale: int) -> Pixels:
+        asked.append((pixels.shape, scale))
+        return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+
+    image = image_of_mode(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(100)
+    photo = photo_of(saved(image, "TIFF" if mode == "CMYK" else "PNG"))
+    large = photo.enlarged(2, upscaler)
+    assert asked == [((12, 18, 3), 2)]
+    assert np.array_equal(large.shown, upscaler(photo.shown, 2))
+    shown = decode_image(large.encode("png"), name="a.img")
+    assert np.abs(shown.astype(int) - large.shown).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_photos_become_coloured_ones_that_show_the_same(mode: str) -> None:
+    photo = photo_of(saved(image_of_mode(mode), "PNG")).in_color()
+    assert photo.mode == "RGB"
+    assert "grey became RGB" in photo.notes
+    assert np.array_equal(decode_image(photo.encode("png"), name="a.img"), photo.shown)
