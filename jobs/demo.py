@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout will do
 
-import cv2
 import numpy as np
 import tyro
 
@@ -22,14 +21,15 @@ from ldbfr.archive.naming import FIRST_STAGE_FOLDER
 from ldbfr.archive.settings import Weights
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.errors import InputError, LDBFRError
-from ldbfr.images import Pixels, decode_image, encode_image, resize
+from ldbfr.faces import TEMPLATES, fit_similarity, warp
+from ldbfr.images import Pixels, decode_image, encode_image
 from ldbfr.sheets import contact_sheet
 
 SPLITS = ("mild", "medium", "severe")
 COLUMNS = ("degraded", "first stage", "restored", "original")
 
-EYES = {"tight": ((0.305, 0.30), (0.695, 0.30)), "ffhq": ((0.377, 0.469), (0.623, 0.469))}
-"""Where a template has the two eyes, as shares of the side. "tight": the median of the training faces' landmarks."""
+EYES = {name: [((x + 0.5) / 512, (y + 0.5) / 512) for x, y in points[:2]] for name, points in TEMPLATES.items()}
+"""Where a template has the two eyes, as shares of the side."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,8 @@ class Portrait:
 
     def face(self, template: str, side: int) -> Pixels:
         """The face in a template's framing, (S, S, 3): turned, scaled and cut out in one go."""
-        large = 4 * side  # then reduced with a filter, so that nothing aliases
-        target = np.array(EYES[template]) * large
-        source = np.array(self.eyes)
-        (target_x, target_y), (source_x, source_y) = target[1] - target[0], source[1] - source[0]
-        ratio = complex(target_x, target_y) / complex(source_x, source_y)
-        turn = np.array([[ratio.real, -ratio.imag], [ratio.imag, ratio.real]])
-        shift = target.mean(axis=0) - turn @ source.mean(axis=0)
-        matrix = np.concatenate([turn, shift[:, None]], axis=1)
-        warped = cv2.warpAffine(self.load(), matrix, (large, large), flags=cv2.INTER_CUBIC)
-        return resize(np.asarray(warped, dtype=np.uint8), side, side)
+        matrix = fit_similarity(np.array(self.eyes), np.array(EYES[template]) * side - 0.5)
+        return warp(self.load(), matrix, side, side)
 
 
 PORTRAITS = (
