@@ -177,7 +177,7 @@ def orientation_of(image: ImageFile) -> int:
 def _to_rgb(image: ImageFile, name: str) -> Image.Image:
     """Any mode -> RGB: deep grey to 8 bits, alpha aside, colours to sRGB, then over white."""
     if image.mode.startswith("I"):
-        return _to_srgb(_deep_grey_to_8_bits(image), image.info.get("icc_profile"))
+        return to_srgb(_deep_grey_to_8_bits(image), image.info.get("icc_profile"))
     if image.mode == "F":
         raise InputError(f"{name}: floating-point samples, expected integers of 8 or 16 bits; export it as such")
     colours: Image.Image = image
@@ -189,7 +189,7 @@ def _to_rgb(image: ImageFile, name: str) -> Image.Image:
         colours, alpha = rgba.convert("RGB"), rgba.getchannel("A")
     elif image.mode not in ("L", "RGB", "CMYK"):
         colours = image.convert("RGB")
-    rgb = _to_srgb(colours, image.info.get("icc_profile"))
+    rgb = to_srgb(colours, image.info.get("icc_profile"))
     return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
 
 
@@ -205,7 +205,7 @@ def _deep_grey_to_8_bits(image: ImageFile) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-def _to_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
+def to_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
     """L, RGB or CMYK -> sRGB through the embedded profile; a broken or unfitting profile is ignored."""
     if profile:
         try:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
@@ -196,7 +197,7 @@ def download(file: RemoteFile, target: Path) -> None:
                 except BaseException:
                     partial.unlink(missing_ok=True)
                     raise
-    except OSError as error:  # what urllib raises is one
+    except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise WeightsError(f"{file.about} could not be downloaded ({error}); {file.how_to_supply()}") from error
 
 

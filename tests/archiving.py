@@ -32,6 +32,7 @@ from ldbfr.archive.rows import ResultRow
 from ldbfr.archive.run import Run
 from ldbfr.archive.settings import RestoreSettings, RunSettings
 from ldbfr.archive.steps import UnitFailed, UnitReader, UnitRestorer, UnitWork
+from ldbfr.photos import FoundFaces, Photo
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.runner import run_here
 from ldbfr.tables import from_table
@@ -128,11 +129,13 @@ class LocalExecution:
     output: str
     settings: RunSettings
     restore: Callable[[UnitWork], UnitWork | UnitFailed] | None = None
+    finder: Callable[[Photo], FoundFaces] | None = None
+    """Finds the faces of whole photos."""
     read: list[str] = field(default_factory=list)
     """Keys of the inputs that the model saw."""
 
     def __call__(self, items: Sequence[WorkItem]) -> Iterator[UnitDone | UnitFailed]:
-        reader = UnitReader(self.output, self.settings.restore.side, self.settings.column)
+        reader = UnitReader(self.output, self.settings.restore.side, self.settings.column, finder=self.finder)
         restorer = self.restore or UnitRestorer(pipeline(), self.settings.restore, self.settings.batch_size)
         writer = UnitWriter(self.output, self.settings)
         for item in items:

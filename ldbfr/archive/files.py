@@ -110,10 +110,11 @@ def images_below(folder: Path, output: Path) -> list[Path]:
         InputError: there are none.
     """
     there = output.resolve()
+    inside = there != folder.resolve() and there.is_relative_to(folder.resolve())
     found = [
         Path(root) / name
         for root, _, names in os.walk(folder, onerror=_unreadable)
-        if not Path(root).resolve().is_relative_to(there)
+        if not (inside and Path(root).resolve().is_relative_to(there))
         for name in names
         if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
     ]

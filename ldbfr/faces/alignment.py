@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ldbfr.errors import InputError
 from ldbfr.images import Pixels
 
 Matrix = NDArray[np.float64]
@@ -62,9 +63,14 @@ def fit_similarity(source: Points, target: Points) -> Matrix:
     Args:
         source: (N, 2), at least two different points.
         target: (N, 2).
+
+    Raises:
+        InputError: all points of the source are one.
     """
     z, w = (points[:, 0] + 1j * points[:, 1] for points in (source, target))
     around = z - z.mean()
+    if not np.vdot(around, around).real > 0:
+        raise InputError(f"landmarks {source.tolist()}: all are one point, expected five; give the face's box instead")
     a = np.vdot(around, w - w.mean()) / np.vdot(around, around).real
     b = w.mean() - a * z.mean()
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
@@ -139,7 +145,7 @@ def warp(image: NDArray[Any], matrix: Matrix, width: int, height: int) -> NDArra
         (height, width[, C]) of the same type; beyond the image its border is repeated.
     """
     image, matrix = _part_of_interest(image, matrix, width, height)
-    shrink = int(1 / scale_of(matrix) / MOST_OVERSAMPLING)
+    shrink = math.ceil(1 / scale_of(matrix) / MOST_OVERSAMPLING)
     if shrink > 1:
         rows, columns = (math.ceil(length / shrink) for length in image.shape[:2])
         padded = np.pad(
@@ -149,7 +155,7 @@ def warp(image: NDArray[Any], matrix: Matrix, width: int, height: int) -> NDArra
         )
         image = cv2.resize(padded, (columns, rows), interpolation=cv2.INTER_AREA)
         matrix = enlarged(matrix, source=1 / shrink)
-    samples = math.ceil(1 / scale_of(matrix) - 1e-6)
+    samples = max(1, math.ceil(1 / scale_of(matrix) - 1e-6))
     fine = enlarged(matrix, target=samples)
     flags, border = cv2.INTER_CUBIC, cv2.BORDER_REPLICATE
     result = cv2.warpAffine(image, fine, (width * samples, height * samples), flags=flags, borderMode=border)

@@ -67,7 +67,7 @@ class YuNet:
         try:
             _network(self.network)
         except cv2.error as error:
-            what = f"{path}: OpenCV cannot read it as YuNet ({error})"
+            what = f"{path}: OpenCV cannot read it as YuNet ({' '.join(str(error).split())})"
             raise WeightsError(f"{what}; {DETECTOR_FILE.how_to_supply()}") from error
 
     def __call__(self, photo: Pixels) -> list[Face]:

@@ -80,7 +80,8 @@ def by_boxes(faces: Sequence[Face], boxes: Sequence[Box]) -> list[Choice]:
         if best is not None and overlap(best.box, box) >= BOX_OVERLAP:
             chosen += [] if best in chosen else [best]
         else:
-            chosen.append(face_of_box(box))
+            made = face_of_box(box)
+            chosen += [] if made in chosen else [made]
     rest = [Choice(face, "not among the given boxes") for face in faces if face not in chosen]
     return sorted([*map(Choice, chosen), *rest], key=lambda choice: (-choice.face.size, choice.face.box))
 

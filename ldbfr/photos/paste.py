@@ -162,22 +162,26 @@ def paste(photo: Pixels, faces: Sequence[RestoredFace], how: Pasting) -> Iterato
         photo: sRGB, enlarged already where `how.scale` says so.
         faces: with matrices of the photo before it was enlarged.
     """
-    order = sorted(faces, key=lambda face: scale_of(face.matrix), reverse=True)  # from the smallest in the photo
-    for number, face in enumerate(order):
-        yield from _paste_one(photo, face, order[number + 1 :], how)
+    # From the smallest in the photo on; of equally large ones any order will do, as long as it is always the same.
+    order = sorted(faces, key=lambda face: (-scale_of(face.matrix), *face.matrix.ravel()))
+    areas = [area_of(face, photo, how.scale) for face in order]
+    for number, (face, area) in enumerate(zip(order, areas, strict=True)):
+        above = [place for place in range(number + 1, len(order)) if not area.common(areas[place]).is_empty]
+        yield from _paste_one(photo, face, area, [(order[place], areas[place]) for place in above], how)
 
 
-def _paste_one(photo: Pixels, face: RestoredFace, above: Sequence[RestoredFace], how: Pasting) -> Iterator[Patch]:
+def _paste_one(
+    photo: Pixels, face: RestoredFace, whole: Area, above: Sequence[tuple[RestoredFace, Area]], how: Pasting
+) -> Iterator[Patch]:
     """Compose one face, below others."""
-    if how.strength == 0 or np.array_equal(face.before, face.after):
+    if how.strength == 0 or whole.is_empty or np.array_equal(face.before, face.after):
         return
     change = face.change(how.grey) * np.float32(how.strength)
     grain = grain_to_add(photo, face, change, how) if how.match_grain else 0.0
-    whole = area_of(face, photo, how.scale)
     for area in patches(whole):
         weight = weight_in(face, area, how.scale)
-        for other in above:
-            if not area.common(area_of(other, photo, how.scale)).is_empty:
+        for other, there in above:
+            if not area.common(there).is_empty:
                 weight = weight * (1 - weight_in(other, area, how.scale))
         if not weight.any():
             continue

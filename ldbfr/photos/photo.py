@@ -23,6 +23,7 @@ from ldbfr.images import (
     encode_pillow,
     format_of_data,
     orientation_of,
+    to_srgb,
     upright,
 )
 from ldbfr.metadata import exif_block, exif_of
@@ -111,7 +112,13 @@ class Photo:
         """A grey photo as an RGB one, for faces that get colours."""
         if self.mode != "L":
             return self
-        return replace(self, colours=self.shown, mode="RGB", profile=b"", notes=[*self.notes, "grey became RGB"])
+        return replace(self, colours=self.in_srgb(), mode="RGB", profile=b"", notes=[*self.notes, "grey became RGB"])
+
+    def in_srgb(self) -> Pixels:
+        """Its own samples as sRGB, (H, W, 3): what is shown, but for transparent parts."""
+        if self.alpha is None:
+            return self.shown
+        return np.array(to_srgb(Image.fromarray(self.colours), self.profile))
 
     def enlarged(self, scale: int, upscaler: Upscaler | None = None) -> Photo:
         """Larger by a whole factor, by Lanczos's filter or by a model, which gives 8-bit samples."""
@@ -120,8 +127,11 @@ class Photo:
         alpha = None if self.alpha is None else lanczos(self.alpha, scale)
         if upscaler is not None:
             shown = upscaler(self.shown, scale)
+            own = shown if alpha is None else upscaler(self.in_srgb(), scale)
             plain = self.mode == "RGB" and not self.profile
-            return replace(self, shown=shown, colours=shown if plain else self.from_srgb(shown), alpha=alpha)
+            lost = ["16 bits became 8, for the upscaler"] if self.colours.dtype == np.uint16 else []
+            colours = own if plain else self.from_srgb(own)
+            return replace(self, shown=shown, colours=colours, alpha=alpha, notes=[*self.notes, *lost])
         shown = lanczos(self.shown, scale)
         return replace(
             self, shown=shown, colours=shown if self.shares_pixels else lanczos(self.colours, scale), alpha=alpha
@@ -133,6 +143,8 @@ class Photo:
             return True
         step = max(1, round((self.height * self.width / 250_000) ** 0.5))
         few = self.shown[::step, ::step].reshape(-1, 3).astype(np.float32)
+        whole = few[few.max(axis=1) < 254]  # where a channel is clipped, the tone is another
+        few = whole if 10 * len(whole) > len(few) else few
         luma = few @ np.array([0.299, 0.587, 0.114], np.float32)
         tone = np.stack([few[:, 0] - luma, few[:, 2] - luma], axis=1)
         # A toned print's colour follows from its lightness: by a parabola well enough.
@@ -168,7 +180,8 @@ class Photo:
         """Without EXIF and profile, in sRGB where there was one."""
         if not self.profile:
             return replace(self, exif=b"")
-        shown = self.shown[..., 0] if self.mode == "L" else self.shown
+        own = self.in_srgb()
+        shown = own[..., 0] if self.mode == "L" else own
         mode: Mode = "L" if self.mode == "L" else "RGB"
         return replace(self, colours=np.ascontiguousarray(shown), mode=mode, profile=b"", exif=b"")
 
@@ -178,7 +191,7 @@ class Photo:
         if colours.dtype == np.uint16 and format != "png":
             colours = np.rint(colours / DEEP).astype(np.uint8)
         if (mode == "CMYK" and format != "jpeg") or (mode == "L" and format == "webp" and profile):
-            colours, profile, mode = self.shown, b"", "RGB"
+            colours, profile, mode = self.in_srgb(), b"", "RGB"
         if self.alpha is not None and format == "jpeg":
             weight = self.alpha.astype(np.float32)[(...,) + (None,) * (colours.ndim - 2)] / 255
             colours = np.rint(colours * weight + 255 * (1 - weight)).astype(np.uint8)
@@ -213,11 +226,12 @@ def decode_photo(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS
     notes = [] if format is not None else ["the input's format is not written; PNG keeps all of it"]
     profile = image.info.get("icc_profile")
     colours, mode, alpha, changed = own_samples(image, shown, has_profile=bool(profile))
-    fits = isinstance(profile, bytes) and not changed and profile_fits(profile, mode)
+    is_own = not changed or image.mode in _NAMES  # the samples are what the profile explains
+    fits = isinstance(profile, bytes) and is_own and profile_fits(profile, mode)
     if changed:
         notes.append(changed)
-    if not fits and profile and not changed and mode == "RGB":
-        colours = shown  # a broken profile was ignored; so are the samples that it would have explained
+    if profile and not fits and mode == "RGB" and alpha is None:
+        colours = shown
     return Photo(name, shown, colours, mode, alpha, profile if fits and profile else b"", exif, format, notes)
 
 
@@ -240,8 +254,8 @@ def own_samples(image: ImageFile, shown: Pixels, has_profile: bool) -> tuple[Sam
     if image.mode == "CMYK":
         return np.array(upright(image, turn)), "CMYK", None, ""
     changed = "" if image.mode.startswith("RGB") else f"{_NAMES.get(image.mode, image.mode)} became RGB"
-    if image.mode == "RGB" and alpha is None and has_profile:
-        return np.array(upright(image, turn)), "RGB", None, ""
+    if alpha is None and has_profile and image.mode in ("RGB", *_NAMES):
+        return np.array(upright(image.convert("RGB"), turn)), "RGB", None, changed
     if alpha is not None:
         return np.array(upright(image.convert("RGBA").convert("RGB"), turn)), "RGB", alpha, changed
     return shown, "RGB", None, changed

@@ -12,6 +12,7 @@ from ldbfr.errors import ConfigError
 from ldbfr.faces.selection import Box, Selection, WhichFaces
 
 Scale = Literal[1, 2, 4]
+SMALLEST_BOX, LARGEST_BOX = 4, 100_000
 
 
 class PhotoSettings(Settings):
@@ -60,8 +61,11 @@ class PhotoSettings(Settings):
                 f"max_face {self.max_face:g} is below min_face {self.min_face:g}: no face could be chosen"
             )
         for box in self.boxes:
-            if not (all(math.isfinite(value) for value in box) and min(box[2:]) > 0):
-                raise ConfigError(f"box {box}: expected left, top, width, height in px, such as 120,80,64,64")
+            if not (all(abs(value) <= LARGEST_BOX for value in box) and min(box[2:]) >= SMALLEST_BOX):
+                raise ConfigError(
+                    f"box {box}: expected left, top, width, height in px, such as 120,80,64,64; width and height from "
+                    f"{SMALLEST_BOX} to {LARGEST_BOX:,}"
+                )
         return self
 
     @property
