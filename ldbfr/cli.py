@@ -101,7 +101,6 @@ class Restore:
             seed=self.seed,
             format=self.format,
             quality=self.quality,
-            side_by_side=self.side_by_side,
             keep_metadata=self.keep_metadata,
             num_samples=self.samples,
             photos=photos,

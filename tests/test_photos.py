@@ -238,8 +238,7 @@ def test_changes_reach_every_kind_of_samples(mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "profile"),
-    [(mode, b"no profile") for mode in ("RGBA", "RGB", "L", "P")]
-    + [(mode, P3) for mode in ("L", "CMYK")],
+    [(mode, b"no profile") for mode in ("RGBA", "RGB", "L", "P")] + [(mode, P3) for mode in ("L", "CMYK")],
 )
 def test_profiles_that_do_not_fit_change_nothing_that_is_shown(mode: str, profile: bytes) -> None:
     image = image_of_mode(mode)

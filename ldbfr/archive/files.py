@@ -196,14 +196,15 @@ class FileRestorer:
         if self.overwrite or not job.target.exists():
             return False
         there = job.target.read_bytes()
+        whole = job.side_by_side is None or job.side_by_side.exists()
         if there == data:  # a photo without faces
-            return True
+            return whole
         try:
             found = read_provenance(there, name=str(job.target))
         except InputError:
             found = None
         if found == self.about(data):
-            return True
+            return whole
         raise InputError(f"{job.target} is there already, and is of other settings or another input; see --overwrite")
 
     def about(self, data: bytes) -> dict[str, str | int]:
