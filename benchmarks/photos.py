@@ -1,6 +1,6 @@
 """What a large photo costs: memory beyond the model's own, time by step, and the detector's time per megapixel.
 
-    python benchmarks/photos.py --data photos/ --output benchmarks/results/photos.json
+    python benchmarks/photos.py --data photos/ --output benchmarks/results/photos.json   # and into docs/photos.md
 
 The photo is made of the given ones, repeated until it has its size and at least so many faces; what it shows does not
 matter for the costs. Memory is the peak of a process of its own, over what the same process held with the model loaded.
@@ -139,6 +139,20 @@ def main(chosen: Photos) -> None:
     if chosen.output is not None:
         chosen.output.parent.mkdir(parents=True, exist_ok=True)
         chosen.output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        page = REPOSITORY / "docs" / "photos.md"
+        page.write_text(with_table(page.read_text("utf-8"), results), "utf-8")
+
+
+MARKS = ("<!-- written by benchmarks/photos.py -->\n", "<!-- to here -->\n")
+
+
+def with_table(page: str, results: dict[str, Any]) -> str:
+    """The page with the results between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    about = f"{results['machine']['cpu']}, {results['machine']['cores']} cores; `{results['command']}`"
+    figures = [f"| {name} | {value:,} |\n" for name, value in results.items() if isinstance(value, int | float)]
+    table = ["| one large photo | measured |\n", "|---|---|\n", *figures, f"\nMeasured on: {about}.\n"]
+    return "".join([before, MARKS[0], *table, MARKS[1], rest.partition(MARKS[1])[2]])
 
 
 if __name__ == "__main__":

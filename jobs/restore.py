@@ -89,6 +89,8 @@ class Restore:
     """Take low frequencies, thus colours, from the first stage."""
     seed: int = 0
     """Of the noise; an image's noise follows from it and the image alone."""
+    samples: int = 1
+    """Restorations that are drawn of each face; above 1 they give its uncertainty, and the first is taken."""
     photos: Annotated[PhotoOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: PhotoOptions("none"))
     detector: str | None = None
     """The face detector's file; $LDBFR_FACE_DETECTOR, the cache or a download when left out."""
@@ -198,6 +200,7 @@ def run_settings(request: Restore, weights: Weights) -> RunSettings:
         first_stage=request.first_stage,
         side_by_side=request.side_by_side,
         keep_metadata=request.keep_metadata,
+        num_samples=request.samples,
         photos=request.photos.settings(),
     )
     most = max(1, MOST_UNIT_BYTES // (3 * restore.side**2))

@@ -101,7 +101,7 @@ class RayExecution:
             ),
             Stage(
                 partial(each_item, step=WriteStep(UnitWriter(self.output, self.settings))),
-                {"num_cpus": 1, **({"memory": PHOTO_BYTES} if self.finder else {})},
+                {"num_cpus": 1, **({"memory": photo_bytes(self.finder.settings.scale)} if self.finder else {})},
             ),
         )
 
@@ -114,6 +114,11 @@ def reading_memory(settings: RunSettings) -> int:
     if settings.restore.photos is not None:
         return PHOTO_BYTES
     return 2**29 + 2 * 3 * settings.restore.side**2 * settings.shard_images
+
+
+def photo_bytes(scale: int) -> int:
+    """Bytes that a process claims that puts faces back into photos enlarged by a factor."""
+    return PHOTO_BYTES * scale
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,17 @@ StageChoice = Literal["all", "hq_vqgan", "latent_vqgan", "dc_vqr", "prior", "enh
 class Restore:
     """Restore photos of this machine: find every face, restore it, and put it back.
 
-    One file for a file, or a folder of results for files and folders. What surrounds the faces stays bit for bit what
-    it was; size, mode, EXIF data, colour profile and transparency are kept. With --faces none an image is one aligned
-    face. The same command goes on where it was stopped. Archives and buckets: `jobs/restore.py --faces all`.
+    One file for a file, or a folder of results for files and folders. What surrounds the faces stays what it was, bit
+    for bit in PNG (a JPEG is encoded again); size, mode, EXIF data, colour profile and transparency are kept. With
+    --faces none an image is one aligned face. The same command goes on where it was stopped. Archives and buckets:
+    `jobs/restore.py --faces all`.
 
         ldbfr restore photo.jpg -o better.jpg
         ldbfr restore album/ scans/ -o restored/ --side-by-side
         ldbfr restore group.png -o group-2x.png --scale 2 --faces largest --samples 4
         ldbfr restore old.jpg -o new.jpg --box 120,80,64,64 --box 300,90,70,70
 
-    Exit code 0: all are restored. 1: not all, and the text says why.
+    Exit code 0: all are restored. 1: not all, and the text says why. 130: stopped by Ctrl-C.
     """
 
     input: tyro.conf.Positional[tuple[Path, ...]]
@@ -85,7 +86,7 @@ class Restore:
         """Restore; exit code 0 if nothing failed."""
         photos = self.photos.settings(parse_boxes(self.box, self.photos.faces))
 
-        from ldbfr.archive.files import FileRestorer, describe_notes, details_file, plan_files
+        from ldbfr.archive.files import FileRestorer, details_file, plan_files
         from ldbfr.archive.settings import RestoreSettings, Weights
         from ldbfr.evaluation.metrics import IdentityModel
         from ldbfr.faces.detection import YuNet
@@ -112,6 +113,8 @@ class Restore:
                 IdentityModel.check_installed()
             detector = YuNet(self.detector, min_score=photos.min_score, min_size=photos.min_face)
 
+        log.info("%d images; loading %s", len(jobs), self.weights)
+
         import torch  # only now, because it takes seconds, which a mistyped option should not cost
 
         from ldbfr.photos.restorer import PhotoRestorer
@@ -128,7 +131,7 @@ class Restore:
         with details_file(self.details) as details:
             work = FileRestorer(pipeline, settings, restorer, self.batch_size, self.overwrite, details)
             tally = work(jobs)
-        print("\n".join([work.progress.summary(), *tally.describe_failures(), *describe_notes(work.notes)]))
+        print("\n".join(work.summary()))
         return 1 if tally.failed else 0
 
 
@@ -368,6 +371,9 @@ def main() -> None:
         sys.exit(command())
     except LDBFRError as error:
         sys.exit(f"ldbfr: {error}")
+    except KeyboardInterrupt:
+        print("ldbfr: stopped; what is written is whole, the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -178,13 +178,13 @@ def download(file: RemoteFile, target: Path) -> None:
     Raises:
         WeightsError: as `find_file`.
     """
-    if os.environ.get("LDBFR_OFFLINE"):
+    if os.environ.get("LDBFR_OFFLINE", "0") not in ("", "0"):
         raise WeightsError(
             f"{file.about} is not on this machine, and $LDBFR_OFFLINE forbids downloads; {file.how_to_supply()}"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent) as whole:  # it has no name, so not even kill -9 leaves it
+        with tempfile.TemporaryFile(dir=target.parent) as whole:  # it has no name: what is cut short leaves nothing
             fetch(file, whole)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as named:
                 partial = Path(named.name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldbfr.archive.files import FileRestorer, describe_notes, details_file, plan_files
+from ldbfr.archive.files import FileRestorer, details_file, plan_files
 from ldbfr.archive.settings import RestoreSettings, RunSettings
 from ldbfr.archive.steps import UnitRestorer
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
@@ -201,13 +201,13 @@ def test_what_is_done_is_passed_by_and_what_is_something_else_is_kept(tmp_path: 
     again = restorer_of(RESTORE)(jobs)
 
     assert (first.restored, first.failed, first.skipped) == (4, 1, 0)
-    assert (again.restored, again.failed, again.skipped) == (0, 2, 3)
+    assert (again.restored, again.failed, again.skipped) == (1, 2, 2), "a copy is looked at again"
     assert any("one.png is there already" in line and "--overwrite" in line for line in again.failures)
     assert (tmp_path / "out" / "one.png").read_bytes() == b"my own file"
     assert restorer_of(RESTORE, overwrite=True)(jobs).restored == 4
     assert files_of(tmp_path / "out") == before
     other = restorer_of(RESTORE, seed=3)(jobs)
-    assert (other.restored, other.skipped, other.failed) == (0, 1, 4), "only the photo without faces is still right"
+    assert (other.restored, other.skipped, other.failed) == (1, 0, 4)
 
 
 def test_results_say_where_they_come_from(tmp_path: Path) -> None:
@@ -218,7 +218,8 @@ def test_results_say_where_they_come_from(tmp_path: Path) -> None:
 
     told = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert [len(line["faces"]) for line in told] == list(FACES.values())
-    assert describe_notes(work.notes) == [f"  {source}/none.png: no face found"]
+    assert f"  {source}/none.png: no face found" in work.summary()
+    assert "  1 of the restored had nothing to restore, and are as they were" in work.summary()
     provenance = read_provenance((tmp_path / "out" / "one.png").read_bytes(), name="one")
     assert provenance == work.about(PHOTOS["one.png"])
     assert set(files_of(tmp_path / "out" / "_side-by-side")) == set(PHOTOS)
@@ -239,6 +240,8 @@ def test_aligned_faces_are_restored_as_a_whole(tmp_path: Path) -> None:
 def test_places_that_cannot_be_are_refused(tmp_path: Path) -> None:
     source = Path(folder(tmp_path / "in", PHOTOS))
     one = source / "one.png"
+    beside = source / "x-side-by-side.png"
+    beside.write_bytes(PHOTOS["one.png"])
     (tmp_path / "empty").mkdir()
     for inputs, output, error, text in (
         ([tmp_path / "missing.png"], tmp_path / "out", InputError, "missing.png: no such file or folder"),
@@ -246,11 +249,12 @@ def test_places_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ([source], tmp_path / "out.png", ConfigError, "name of an image is for one input file"),
         ([one], one, ConfigError, "is the input, and would be overwritten"),
         ([source], source, ConfigError, "is an input, and would be overwritten"),
+        ([beside], source / "x.png", ConfigError, "is the input, and would be overwritten"),
         ([one, one], tmp_path / "out", ConfigError, "would both become"),
         ([source, one], tmp_path / "out", ConfigError, "would both become"),
     ):
         with pytest.raises(error, match=text.replace("(", r"\(")):
-            plan_files(inputs, output, "same", side_by_side=False)
+            plan_files(inputs, output, "same", side_by_side=True)
     with pytest.raises(ConfigError, match="is named as jpeg"):
         plan_files([one], tmp_path / "out.jpg", "png", side_by_side=False)
     (tmp_path / "file").write_bytes(b"")
@@ -277,3 +281,33 @@ def test_a_folder_that_cannot_be_written_ends_it(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"a file where the folder should be")
     with pytest.raises(LDBFRError):
         restorer_of(RESTORE)(jobs)
+
+
+def test_other_settings_look_again_at_what_was_copied(tmp_path: Path) -> None:
+    """A photo of sharp faces is copied; asked to restore them all the same, it is."""
+    source = Path(folder(tmp_path / "in", {"one.png": PHOTOS["one.png"]}))
+    jobs = plan_files([source], tmp_path / "out", "same", side_by_side=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "one.png").write_bytes(PHOTOS["one.png"])
+
+    assert restorer_of(RESTORE)(jobs).restored == 1
+    assert (tmp_path / "out" / "one.png").read_bytes() != PHOTOS["one.png"]
+
+
+def test_a_picture_side_by_side_is_not_put_over_another_file(tmp_path: Path) -> None:
+    source = Path(folder(tmp_path / "in", {"one.png": PHOTOS["one.png"]}))
+    mine = tmp_path / "out" / "_side-by-side" / "one.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    tally = restorer_of(RESTORE)(plan_files([source], tmp_path / "out", "same", side_by_side=True))
+
+    assert tally.failed == 1
+    assert mine.read_bytes() == b"mine"
+
+
+def test_what_was_told_stays_when_the_command_goes_on(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with details_file(tmp_path / "d.jsonl") as file:
+            assert file is not None
+            file.write(text + "\n")
+    assert (tmp_path / "d.jsonl").read_text() == "first\nsecond\n"

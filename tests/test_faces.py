@@ -376,7 +376,7 @@ def test_reasons_name_the_cause() -> None:
         which: [reason for _, reason in select(faces, Selection(which, min_size=20, max_size=50), 200, 120)]
         for which in ("all", "largest", "center")
     }
-    large, small = "60 px, larger than 50 px", "10 px, smaller than 20 px"
+    large, small = "larger than 50 px: it has 60", "smaller than 20 px: it has 10"
     assert reasons["all"] == [large, None, None, small]
     assert reasons["largest"] == [large, None, "not the largest", small]
     assert reasons["center"] == [large, "not the most central", None, small]

@@ -16,6 +16,7 @@ from ldbfr.photos import paste as pasting
 from ldbfr.photos.paste import (
     LUMA,
     Area,
+    Colors,
     Pasting,
     RestoredFace,
     area_of,
@@ -127,7 +128,7 @@ def test_the_change_arrives(rng: np.random.Generator) -> None:
     """In the middle of the face the photo gets the change at its scale: in a frame of the photo's own px, itself."""
     photo = scene(120, 130)
     face = repainted(face_in(photo, (64.5, 60.5), SIDE, angle=0))
-    expected = face.change(grey=False) * face.mask[..., None]
+    expected = face.change("fine") * face.mask[..., None]
     result = pasted(photo, [face])
     left, top = np.rint(transform(inverse(face.matrix), np.zeros((1, 2))))[0].astype(int)
     inner = result[top : top + SIDE, left : left + SIDE] - photo[top : top + SIDE, left : left + SIDE].astype(float)
@@ -144,12 +145,12 @@ def test_where_the_photo_is_sharper_than_the_frame_its_detail_stays() -> None:
     assert np.abs(fine[120:280, 120:280]).mean() < 1, "what changes is smooth: the photo's own grain is in both"
 
 
-@pytest.mark.parametrize("grey", [False, True])
-def test_strength_is_a_share(grey: bool) -> None:
+@pytest.mark.parametrize("colors", ["none", "fine", "all"])
+def test_strength_is_a_share(colors: Colors) -> None:
     photo = scene(100, 100, noise=3)
     face = repainted(face_in(photo, (50, 48), 80))
     change = [
-        pasted(photo, [face], Pasting(strength=strength, grey=grey, match_grain=False)).astype(float) - photo
+        pasted(photo, [face], Pasting(strength=strength, colors=colors, match_grain=False)).astype(float) - photo
         for strength in (0, 0.25, 0.5, 1)
     ]
     assert not change[0].any()
@@ -161,12 +162,27 @@ def test_strength_is_a_share(grey: bool) -> None:
 def test_grey_photos_stay_grey() -> None:
     photo = np.repeat(scene(100, 100, noise=5)[..., :1], 3, axis=2)
     face = noisy(face_in(photo, (50, 50), 80))
-    result = pasted(photo, [face], Pasting(grey=True))
+    result = pasted(photo, [face], Pasting(colors="none"))
     assert not np.array_equal(result, photo)
     assert np.array_equal(result[..., 0], result[..., 1])
     assert np.array_equal(result[..., 0], result[..., 2])
-    coloured = pasted(photo, [face], Pasting(grey=False))
+    coloured = pasted(photo, [face], Pasting(colors="fine"))
     assert not np.array_equal(coloured[..., 0], coloured[..., 2])
+
+
+def test_a_photo_without_colours_may_get_the_models() -> None:
+    """Broad colours are the photo's own, unless it has none and is to get some."""
+    photo = np.repeat(scene(100, 100, noise=5)[..., :1], 3, axis=2)
+    face = face_in(photo, (50, 50), 80)
+    skin = np.clip(face.before + np.array([40, 0, -40]), 0, 255).astype(np.uint8)
+    face = RestoredFace(face.before, skin, face.matrix, face.landmarks)
+    tint = {
+        colors: np.ptp(pasted(photo, [face], Pasting(colors=colors))[45:55, 45:55].astype(float).mean(axis=(0, 1)))
+        for colors in ("none", "fine", "all")
+    }
+    assert tint["none"] == 0
+    assert tint["fine"] < 5
+    assert tint["all"] > 60
 
 
 # ---- overlap ----

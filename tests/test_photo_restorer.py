@@ -206,7 +206,7 @@ def test_sharp_faces_are_left_alone() -> None:
     left = restorer([face], settings)(of_pixels(sharp_one))
     assert left.faces[0].outcome == "left"
     assert str(left.faces[0].reason).startswith("sharper than the model's 32 px: the photo shows it in ")
-    assert left.note() == "1 face left as it was (sharper than the model's 32 px)"
+    assert left.note() == "1 face left alone (sharper than the model's 32 px)"
     assert left.is_unchanged
     assert np.array_equal(left.photo.shown, sharp_one)
     assert restorer([face])(of_pixels(sharp_one)).num_restored == 1
@@ -247,7 +247,7 @@ def test_other_people_are_refused(least: float) -> None:
     assert {report.outcome for report in result.faces} == {"refused" if least == 1 else "restored"}
     if least == 1:
         assert "is below 1" in str(result.faces[0].reason)
-        assert result.note() == "2 faces refused, and left as it was (another person)"
+        assert result.note() == "2 faces refused and left alone (another person)"
 
 
 @pytest.mark.parametrize(
@@ -269,3 +269,90 @@ def test_other_people_are_refused(least: float) -> None:
 def test_settings_that_make_no_sense(settings: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         PhotoSettings(**settings)
+
+
+class Refusing(Counted):
+    """Fails for want of memory above a number of faces, and on some faces always."""
+
+    def __init__(self, most: int, bad: Sequence[Pixels] = ()) -> None:
+        super().__init__()
+        self.most, self.bad = most, [face.tobytes() for face in bad]
+
+    def __call__(self, images: np.ndarray, **options: Any) -> Any:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if any(image.tobytes() in self.bad for image in images):
+            raise RuntimeError("refused")
+        return super().__call__(images, **options)
+
+
+def test_a_photo_that_cannot_be_restored_does_not_stop_the_others() -> None:
+    faces = [face_of_box((5.0 + 30 * n, 20, 25, 32)) for n in range(3)]
+    photos = [of_pixels(portrait(seed=seed)) for seed in range(4)]
+    bad = restorer(faces).find(photos[2]).chosen()[1]
+    model = Refusing(4, [bad])
+
+    def detect(pixels: Pixels) -> list[Face]:
+        if np.array_equal(pixels, photos[1].shown):
+            raise InputError("this one cannot be looked at")
+        return list(faces)
+
+    results = list(PhotoRestorer(model, SETTINGS, detector=detect, batch_size=8).many(photos))
+
+    assert [result.error is None for result in results] == [True, False, False, True]
+    with pytest.raises(InputError, match="cannot be looked at"):
+        results[1].check(SETTINGS)
+    with pytest.raises(InputError, match=r"the model failed \(refused\)"):
+        results[2].check(SETTINGS)
+    for number in (0, 3):
+        alone = restorer(faces)(of_pixels(portrait(seed=number)))
+        assert np.abs(alone.photo.shown.astype(int) - results[number].photo.shown).max() <= 1
+
+
+def test_photos_do_not_pile_up_while_a_batch_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldbfr.photos.restorer.MOST_WAITING", 3 * 90 * 120)
+    first = portrait()
+    read = 0
+
+    def photos() -> Iterator[Photo]:
+        nonlocal read
+        for number in range(40):
+            read += 1
+            yield of_pixels(first if number == 0 else portrait(seed=number))
+
+    def detect(pixels: Pixels) -> list[Face]:
+        return [face_of_box((30, 20, 40, 50))] if np.array_equal(pixels, first) else []
+
+    results = PhotoRestorer(Counted(), SETTINGS, detector=detect).many(photos())
+    next(results)
+    assert read == 4
+
+
+def test_strength_nought_changes_nothing_and_says_so() -> None:
+    result = restorer([face_of_box((30, 20, 40, 50))], SETTINGS.model_copy(update={"strength": 0.0}))(
+        of_pixels(portrait())
+    )
+
+    assert result.is_unchanged
+    assert result.faces[0].sharpness_before == result.faces[0].sharpness_after
+
+
+def test_a_box_outside_the_photo_is_said_to_be() -> None:
+    settings = PhotoSettings(boxes=((5_000, 5_000, 64, 64),))
+    result = restorer([], settings)(of_pixels(portrait()))
+
+    assert (result.faces[0].outcome, result.is_unchanged) == ("left", True)
+    assert "outside the photo of 120 x 90 px" in str(result.faces[0].reason)
+
+
+def test_too_large_is_refused_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldbfr.photos.photo.MOST_PIXELS", 40_000)
+    with pytest.raises(InputError, match="choose a smaller --scale"):
+        restorer([], SETTINGS.model_copy(update={"scale": 2}))(of_pixels(portrait()))
+
+
+@pytest.mark.parametrize("grown", [np.zeros((270, 360, 3), np.uint8), np.zeros((180, 240, 3), np.float32)])
+def test_an_upscaler_that_gives_something_else_is_refused(grown: np.ndarray) -> None:
+    settings = SETTINGS.model_copy(update={"scale": 2})
+    with pytest.raises(InputError, match="the upscaler gave"):
+        restorer([], settings, upscaler=lambda pixels, scale: grown)(of_pixels(portrait()))

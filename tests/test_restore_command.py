@@ -110,7 +110,7 @@ def test_a_sharp_face_is_left_alone_and_that_is_said(command: Command, photos: P
     done = command(photos / "03.jpg", "-o", tmp_path / "same.jpg")
 
     assert done.code == 0
-    assert "03.jpg: 1 face left as it was (sharper than the model's" in done.out
+    assert "03.jpg: 1 face left alone (sharper than the model's" in done.out
     assert (tmp_path / "same.jpg").read_bytes() == (photos / "03.jpg").read_bytes()
 
 
@@ -118,7 +118,7 @@ def test_a_box_and_a_scale(command: Command, photos: Path, tmp_path: Path) -> No
     done = command(photos / "01.jpg", "-o", tmp_path / "out.png", "--box", "96,109,47,63", "--scale", "2")
 
     assert done.code == 0, done.err
-    assert "3 faces left as it was (not among the given boxes)" in done.out
+    assert "3 faces left alone (not among the given boxes)" in done.out
     before = decode_image((photos / "01.jpg").read_bytes(), name="before")
     after = decode_image((tmp_path / "out.png").read_bytes(), name="after")
     assert after.shape == (2 * before.shape[0], 2 * before.shape[1], 3)

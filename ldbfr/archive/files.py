@@ -40,6 +40,11 @@ class Job:
     target: Path
     side_by_side: Path | None = None
 
+    @property
+    def outputs(self) -> list[Path]:
+        """All files that are written."""
+        return [self.target, *([] if self.side_by_side is None else [self.side_by_side])]
+
 
 Done = tuple[Job, dict[str, Any], dict[Path, bytes]]
 """A file, what is to be said of it, and what is to be written."""
@@ -72,15 +77,17 @@ def plan_files(inputs: Sequence[Path], output: Path, format: OutputFormat, side_
             key = output_key(file.name if path.is_file() else file.relative_to(path).as_posix(), format)
             beside = output / SIDE_BY_SIDE_FOLDER / key if side_by_side else None
             jobs.append(Job(file, output / key, beside))
+    sources = {identity(job.source) for job in jobs}
     by_target: dict[Path, Path] = {}
     for job in jobs:
         if job.target in by_target:
             raise ConfigError(
                 f"{by_target[job.target]} and {job.source} would both become {job.target}; give them apart"
             )
-        if job.target.exists() and any(job.target.samefile(other.source) for other in jobs):
+        if any(path.exists() and identity(path) in sources for path in job.outputs):
             raise ConfigError(
-                f"--output {output}: {job.target} is an input, and would be overwritten; name another folder"
+                f"--output {output}: {job.target} or a picture beside it is an input, and would be overwritten; name "
+                "another folder"
             )
         by_target[job.target] = job.source
     return jobs
@@ -97,10 +104,18 @@ def single(inputs: Sequence[Path], output: Path, format: OutputFormat, side_by_s
     written = format_from_name(output.name)
     if format not in ("same", written):
         raise ConfigError(f"--format {format}: --output {output} is named as {written}; leave one of them out")
-    if output.exists() and output.samefile(inputs[0]):
-        raise ConfigError(f"--output {output}: it is the input, and would be overwritten; name another file")
     beside = output.with_name(f"{output.stem}-side-by-side{output.suffix}") if side_by_side else None
-    return Job(inputs[0], output, beside)
+    job = Job(inputs[0], output, beside)
+    for path in job.outputs:
+        if path.exists() and path.samefile(inputs[0]):
+            raise ConfigError(f"--output {output}: {path} is the input, and would be overwritten; name another file")
+    return job
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """The same for two names of one file."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def images_below(folder: Path, output: Path) -> list[Path]:
@@ -152,6 +167,8 @@ class FileRestorer:
     details: TextIO | None = None
     tally: Tally = field(default_factory=lambda: Tally(0))
     notes: list[str] = field(default_factory=list)
+    num_unchanged: int = 0
+    """Of the restored ones, those in which nothing was to be done."""
 
     def __call__(self, jobs: Sequence[Job]) -> Tally:
         """Restore them; a file that cannot be restored is counted, and does not stop the others.
@@ -169,6 +186,17 @@ class FileRestorer:
             self.tell({"input": str(job.source), "output": str(job.target), "status": "restored", **about})
             self.progress.update()
         return self.tally
+
+    def summary(self) -> list[str]:
+        """What came of it, in lines."""
+        lines = [self.progress.summary()]
+        if self.num_unchanged:
+            lines.append(f"  {self.num_unchanged:,} of the restored had nothing to restore, and are as they were")
+        if self.tally.skipped:
+            lines.append(f"  {self.tally.skipped:,} were skipped: they are done already")
+        lines += self.tally.describe_failures()
+        shown, rest = self.notes[:NOTES_SHOWN], len(self.notes) - NOTES_SHOWN
+        return lines + [f"  {note}" for note in shown] + ([f"  … and {rest:,} more: see --details"] if rest > 0 else [])
 
     def read(self, job: Job) -> bytes | None:
         """The input's bytes; None if it cannot be read, or is done already."""
@@ -188,24 +216,20 @@ class FileRestorer:
         return None if done else data
 
     def is_done(self, job: Job, data: bytes) -> bool:
-        """Whether the result is there.
+        """Whether all of the result is there. A copy of the input is none: other settings may find faces in it.
 
         Raises:
             InputError: something else is there.
         """
-        if self.overwrite or not job.target.exists():
+        if self.overwrite:
             return False
-        there = job.target.read_bytes()
-        whole = job.side_by_side is None or job.side_by_side.exists()
-        if there == data:  # a photo without faces
-            return whole
-        try:
-            found = read_provenance(there, name=str(job.target))
-        except InputError:
-            found = None
-        if found == self.about(data):
-            return whole
-        raise InputError(f"{job.target} is there already, and is of other settings or another input; see --overwrite")
+        there = [path for path in job.outputs if path.exists()]
+        for path in there:
+            if path == job.target and path.read_bytes() == data:
+                return False
+            if provenance_of(path) != self.about(data):
+                raise InputError(f"{path} is there already, and is of other settings or another input; see --overwrite")
+        return len(there) == len(job.outputs)
 
     def about(self, data: bytes) -> dict[str, str | int]:
         """The provenance of a result."""
@@ -246,6 +270,9 @@ class FileRestorer:
                 except InputError as error:
                     self.fail(job, str(error))
                     continue
+                except MemoryError:
+                    self.fail(job, "the memory does not suffice to decode it; shrink it, or give the machine more")
+                    continue
                 waiting.append((job, data))
                 yield photo
 
@@ -270,6 +297,8 @@ class FileRestorer:
             before = decode_photo(data, name=str(job.source)).shown
             files = {job.side_by_side: writer.side_by_side(before, result)} | files
         note = "; ".join(filter(None, [result.note(), *result.photo.losses(writer.format)]))
+        if result.is_unchanged:
+            self.num_unchanged += 1
         if note:
             self.notes.append(f"{job.source}: {note}")
         return {"note": note, "faces": [face.values() for face in result.faces]}, files
@@ -309,20 +338,20 @@ class FileRestorer:
             yield job, {}, files
 
 
+def provenance_of(path: Path) -> dict[str, Any] | None:
+    """What a file says of where it comes from; None if it is no result of ours."""
+    try:
+        return read_provenance(path.read_bytes(), name=str(path))
+    except InputError:
+        return None
+
+
 NOTES_SHOWN = 20
-
-
-def describe_notes(notes: Sequence[str]) -> list[str]:
-    """Lines about single files, the first few of them."""
-    rest = len(notes) - NOTES_SHOWN
-    return [f"  {note}" for note in notes[:NOTES_SHOWN]] + (
-        [f"  … and {rest:,} more: see --details"] if rest > 0 else []
-    )
 
 
 @contextmanager
 def details_file(path: Path | None) -> Iterator[TextIO | None]:
-    """A new text file, or none.
+    """A text file to add to, or none.
 
     Raises:
         StorageError: it cannot be written.
@@ -332,7 +361,7 @@ def details_file(path: Path | None) -> Iterator[TextIO | None]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", encoding="utf-8")
+        file = path.open("a", encoding="utf-8")  # what an earlier run of the command told stays
     except OSError as error:
         raise StorageError(f"--details {path}: {error.strerror}; name another file") from error
     with file:

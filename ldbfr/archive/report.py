@@ -186,7 +186,7 @@ def random_section(pictures: Sequence[Picture], summary: Summary) -> str:
         sharpness = f" The median sharpness of all results is {after:.2g}, that of their inputs {before:.2g}."
     return (
         f'<section class="long"><h2>Before and after</h2><p>{counted(len(pictures), "result")} drawn at random: '
-        f"what the model saw on the left, what it made of it on the right.{sharpness}</p>{_pairs(pictures)}</section>"
+        f"before on the left, after on the right.{sharpness}</p>{_pairs(pictures)}</section>"
     )
 
 

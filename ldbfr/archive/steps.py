@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from ldbfr.archive.ledger import is_worth_again, manifest_rows
@@ -26,6 +27,7 @@ from ldbfr.images import DEFAULT_LIMITS, ImageLimits, Pixels, crop_to_square, re
 from ldbfr.inputs.entries import Container
 from ldbfr.inputs.keys import printable
 from ldbfr.inputs.reading import Inputs
+from ldbfr.memory import is_out_of_memory, release_memory
 from ldbfr.metadata import Metadata, decode_with_metadata
 from ldbfr.photos.finding import FoundFaces
 from ldbfr.photos.photo import Photo, decode_photo
@@ -215,6 +217,8 @@ class UnitReader:
         except MemoryError:
             reason = "the memory does not suffice to decode it; shrink it, or give the machine more"
             return failed(row, "too large", reason), []
+        except cv2.error as error:
+            return failed(row, "broken", f"OpenCV cannot look at it ({error})"), []
         work.places += [place] * len(faces)
         height, width = pixels.shape[:2]
         return row._replace(width=width, height=height, note=note), faces
@@ -352,18 +356,3 @@ class RestoredFaceOf(NamedTuple):
 
 class BrokenDeviceError(RuntimeError):
     """The GPU does not answer this process any more; nothing is wrong with the faces."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch raised this for want of memory, on a GPU or a CPU."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def release_memory() -> None:
-    """Give back what torch keeps for later."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

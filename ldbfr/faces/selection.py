@@ -51,13 +51,13 @@ class Selection:
 def select(faces: Sequence[Face], wanted: Selection, width: int, height: int) -> list[Choice]:
     """Every face of a photo with what is to become of it, largest first; faces of boxes that held none are added."""
     if wanted.boxes:
-        return by_boxes(faces, wanted.boxes)
+        return by_boxes(faces, wanted.boxes, width, height)
     choices, candidates = [], []
     for face in sorted(faces, key=lambda face: (-face.size, face.box)):
         if face.size < wanted.min_size:
-            choices.append(Choice(face, f"{face.size:.0f} px, smaller than {wanted.min_size:g} px"))
+            choices.append(Choice(face, f"smaller than {wanted.min_size:g} px: it has {face.size:.0f}"))
         elif face.size > wanted.max_size:
-            choices.append(Choice(face, f"{face.size:.0f} px, larger than {wanted.max_size:g} px"))
+            choices.append(Choice(face, f"larger than {wanted.max_size:g} px: it has {face.size:.0f}"))
         else:
             candidates.append(face)
     if wanted.which == "center":
@@ -72,7 +72,7 @@ def select(faces: Sequence[Face], wanted: Selection, width: int, height: int) ->
     return sorted(choices, key=lambda choice: (-choice.face.size, choice.face.box))
 
 
-def by_boxes(faces: Sequence[Face], boxes: Sequence[Box]) -> list[Choice]:
+def by_boxes(faces: Sequence[Face], boxes: Sequence[Box], width: int, height: int) -> list[Choice]:
     """The faces that boxes mean, and the others as not chosen."""
     chosen: list[Face] = []
     for box in boxes:
@@ -83,7 +83,9 @@ def by_boxes(faces: Sequence[Face], boxes: Sequence[Box]) -> list[Choice]:
             made = face_of_box(box)
             chosen += [] if made in chosen else [made]
     rest = [Choice(face, "not among the given boxes") for face in faces if face not in chosen]
-    return sorted([*map(Choice, chosen), *rest], key=lambda choice: (-choice.face.size, choice.face.box))
+    outside = f"the box lies outside the photo of {width} x {height} px"
+    wanted = [Choice(face, None if overlap(face.box, (0, 0, width, height)) > 0 else outside) for face in chosen]
+    return sorted([*wanted, *rest], key=lambda choice: (-choice.face.size, choice.face.box))
 
 
 def overlap(one: Box, other: Box) -> float:

@@ -12,7 +12,7 @@ from ldbfr.faces.alignment import Alignment, align, inverse, warp
 from ldbfr.faces.face import Face, FaceDetector
 from ldbfr.faces.selection import select
 from ldbfr.images import Pixels
-from ldbfr.photos.paste import LUMA, RestoredFace, area_of, noise_level, patch_around
+from ldbfr.photos.paste import LUMA, Colors, RestoredFace, area_of, noise_level, patch_around
 from ldbfr.photos.photo import Photo
 from ldbfr.photos.settings import PhotoSettings
 
@@ -50,11 +50,11 @@ class FoundFaces:
 
     Args:
         faces: all that were found.
-        grey: whether the photo's colours are to stay what they are.
+        colors: what of the model's colours the photo takes.
     """
 
     faces: tuple[FoundFace, ...]
-    grey: bool
+    colors: Colors = "fine"
 
     def chosen(self) -> list[Pixels]:
         """What the model is to restore, (S, S, 3) each, in order."""
@@ -84,13 +84,20 @@ def find_faces(photo: Photo, detector: FaceDetector, settings: PhotoSettings, te
         settings: which faces are wanted.
         template: of the weights' preset, see `ldbfr.faces.TEMPLATES`.
         side: S, of the model.
+
+    Raises:
+        InputError: the photo would be too large once it is enlarged.
     """
+    photo.check_scale(settings.scale)
     choices = select(detector(photo.shown), settings.selection, photo.width, photo.height)
     found = [
         FoundFace(face, reason) if reason else cut_out(photo, face, settings, template, side)
         for face, reason in choices
     ]
-    return FoundFaces(tuple(found), settings.grey == "keep" and photo.is_of_one_tone())
+    colors: Colors = "fine"
+    if photo.is_of_one_tone():
+        colors = "none" if settings.grey == "keep" else "all"
+    return FoundFaces(tuple(found), colors)
 
 
 def cut_out(photo: Photo, face: Face, settings: PhotoSettings, template: str, side: int) -> FoundFace:

@@ -11,6 +11,9 @@ from ldbfr.images import ImageFormat, Pixels, encode_image, resize
 from ldbfr.metadata import exif_block
 from ldbfr.photos.restorer import PhotoResult
 
+MOST_SIDE: dict[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+"""Pixels a side that a format holds."""
+
 
 @dataclass(frozen=True)
 class PhotoFile:
@@ -46,11 +49,9 @@ class PhotoFile:
         )
 
     def side_by_side(self, before: Pixels, result: PhotoResult) -> bytes:
-        """Input and result in one sRGB picture, the input enlarged as the result is.
-
-        Raises:
-            InputError: the format cannot hold it.
-        """
+        """Input and result in one sRGB picture, the input enlarged as the result is, both shrunk to fit the format."""
         after = result.photo.shown
-        both = np.concatenate([resize(before, *after.shape[:2]), after], axis=1)
+        shrink = min(1.0, MOST_SIDE[self.format] / max(after.shape[0], 2 * after.shape[1]))
+        height, width = (max(1, int(length * shrink)) for length in after.shape[:2])
+        both = np.concatenate([resize(picture, height, width) for picture in (before, after)], axis=1)
         return encode_image(both, self.format, quality=self.quality, exif=exif_block(b"", self.provenance))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from ldbfr.images import Pixels
 from ldbfr.seeds import derive_seed
 
 Floats = NDArray[np.float32]
+Colors = Literal["none", "fine", "all"]
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601."""
@@ -108,21 +109,29 @@ class RestoredFace:
         raw = self.after.astype(np.float32) - self.before
         return face_mask(outline) * agreement(outline, raw)
 
-    def change(self, grey: bool) -> Floats:
+    def result(self, how: Pasting) -> Pixels:
+        """The face in its frame as it will be in the photo, but for grain, (S, S, 3)."""
+        change = self.change(how.colors) * self.mask[..., None] * np.float32(how.strength)
+        return np.clip(np.rint(self.before + change), 0, 255).astype(np.uint8)
+
+    def change(self, colors: Colors) -> Floats:
         """What the model changed, (S, S, 3) in grey levels, with its colours brought to the photo's.
 
         The lightness follows the photo at the mask's rim; of the colours only what is finer than COLOR_SCALE changes,
         because even a bad photo tells the broad colours of a face better than a model can guess them.
 
         Args:
-            grey: change the luma alone, the same in all channels.
+            colors: "none" changes the luma alone, the same in all channels; "all" takes the model's broad colours too,
+                for a photo that has none.
         """
         raw = self.after.astype(np.float32) - self.before
         luma = np.asarray((raw @ LUMA)[..., None], np.float32)
         change = luma - offset_at_rim(luma, self.mask)
-        if grey:
+        if colors == "none":
             return np.repeat(change, 3, axis=2)
         color = raw - luma
+        if colors == "all":
+            return np.asarray(change + color, np.float32)
         return np.asarray(change + color - cv2.GaussianBlur(color, (0, 0), COLOR_SCALE * self.side), np.float32)
 
 
@@ -132,14 +141,14 @@ class Pasting:
 
     Args:
         strength: share of the change that is applied, 0 to 1.
-        grey: whether the photo is to keep its colours (a grey one its lack of them).
+        colors: of the change, see `RestoredFace.change`.
         match_grain: give back to a face the grain that the model took from it, as far as its surroundings have it.
         scale: by how much the photo was enlarged.
         seed: of the grain.
     """
 
     strength: float = 1.0
-    grey: bool = False
+    colors: Colors = "fine"
     match_grain: bool = True
     scale: int = 1
     seed: int = 0
@@ -176,7 +185,7 @@ def _paste_one(
     """Compose one face, below others."""
     if how.strength == 0 or whole.is_empty or np.array_equal(face.before, face.after):
         return
-    change = face.change(how.grey) * np.float32(how.strength)
+    change = face.change(how.colors) * np.float32(how.strength)
     grain = grain_to_add(photo, face, change, how) if how.match_grain else 0.0
     for area in patches(whole):
         weight = weight_in(face, area, how.scale)

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from ldbfr.errors import InputError
 from ldbfr.images import (
     BAD_PROFILE,
     DEFAULT_LIMITS,
@@ -34,6 +36,8 @@ Samples = NDArray[np.uint8] | NDArray[np.uint16]
 Upscaler = Callable[[Pixels, int], Pixels]
 """Enlarges sRGB pixels (H, W, 3) by a whole factor: where a super-resolution model goes."""
 
+MOST_PIXELS = 480_000_000
+"""Of an enlarged photo."""
 DEEP = 257
 """From 8 to 16 bits."""
 _SPACE_OF_MODE: dict[Mode, str] = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
@@ -120,14 +124,32 @@ class Photo:
             return self.shown
         return np.array(to_srgb(Image.fromarray(self.colours), self.profile))
 
+    def check_scale(self, scale: int) -> None:
+        """Refuse what would be too large.
+
+        Raises:
+            InputError: naming the sizes.
+        """
+        size = self.width * self.height * scale**2
+        if scale > 1 and size > MOST_PIXELS:
+            raise InputError(
+                f"{self.name}: enlarged by {scale} it has {size / 1e6:,.0f} megapixels, expected at most "
+                f"{MOST_PIXELS / 1e6:,.0f}; choose a smaller --scale"
+            )
+
     def enlarged(self, scale: int, upscaler: Upscaler | None = None) -> Photo:
-        """Larger by a whole factor, by Lanczos's filter or by a model, which gives 8-bit samples."""
+        """Larger by a whole factor, by Lanczos's filter or by a model, which gives 8-bit samples.
+
+        Raises:
+            InputError: too large, or the model gave another size or type.
+        """
         if scale == 1:
             return self
+        self.check_scale(scale)
         alpha = None if self.alpha is None else lanczos(self.alpha, scale)
         if upscaler is not None:
-            shown = upscaler(self.shown, scale)
-            own = shown if alpha is None else upscaler(self.in_srgb(), scale)
+            shown = upscaled(self.shown, scale, upscaler)
+            own = shown if alpha is None else upscaled(self.in_srgb(), scale, upscaler)
             plain = self.mode == "RGB" and not self.profile
             lost = ["16 bits became 8, for the upscaler"] if self.colours.dtype == np.uint16 else []
             colours = own if plain else self.from_srgb(own)
@@ -223,16 +245,31 @@ def decode_photo(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS
     shown, image = decode_file(data, name=name, limits=limits)
     exif = exif_of(data, image)
     format = format_of_data(data)
-    notes = [] if format is not None else ["the input's format is not written; PNG keeps all of it"]
+    notes = lost_on_reading(data, image)
     profile = image.info.get("icc_profile")
     colours, mode, alpha, changed = own_samples(image, shown, has_profile=bool(profile))
     is_own = not changed or image.mode in _NAMES  # the samples are what the profile explains
     fits = isinstance(profile, bytes) and is_own and profile_fits(profile, mode)
     if changed:
         notes.append(changed)
+    if profile and not fits:
+        notes.append("its colour profile is broken, or of another mode, and is left out")
     if profile and not fits and mode == "RGB" and alpha is None:
         colours = shown
     return Photo(name, shown, colours, mode, alpha, profile if fits and profile else b"", exif, format, notes)
+
+
+def lost_on_reading(data: bytes, image: ImageFile) -> list[str]:
+    """What a loaded file has that a `Photo` does not."""
+    lost = []
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        lost.append(f"only the first of {frames} frames or pages is kept")
+    if isinstance(image, PngImageFile) and data[24] == 16 and image.mode.startswith("RGB"):
+        lost.append("16 bits a colour became 8")
+    if "transparency" in image.info and (image.mode == "1" or image.mode.startswith("I")):
+        lost.append("the transparent grey level is left out")
+    return lost
 
 
 def own_samples(image: ImageFile, shown: Pixels, has_profile: bool) -> tuple[Samples, Mode, Pixels | None, str]:
@@ -271,6 +308,19 @@ def profile_fits(profile: bytes, mode: Mode) -> bool:
         return ImageCms.profileToProfile(small, ImageCms.createProfile("sRGB"), target, outputMode=mode) is not None
     except BAD_PROFILE:
         return False
+
+
+def upscaled(pixels: Pixels, scale: int, upscaler: Upscaler) -> Pixels:
+    """What a model makes of pixels, as an array of our own.
+
+    Raises:
+        InputError: another size or type than was asked for.
+    """
+    grown = upscaler(pixels, scale)
+    expected = (pixels.shape[0] * scale, pixels.shape[1] * scale, 3)
+    if grown.shape != expected or grown.dtype != np.uint8:
+        raise InputError(f"the upscaler gave {grown.dtype} {grown.shape}, expected uint8 {expected}; see its scale")
+    return np.array(grown)
 
 
 def lanczos(samples: Any, scale: int) -> Any:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import cv2
 import numpy as np
 
 from ldbfr.errors import InputError
@@ -21,6 +22,7 @@ from ldbfr.faces.alignment import align, warp
 from ldbfr.faces.detection import YuNet
 from ldbfr.faces.face import Face, FaceDetector
 from ldbfr.images import Pixels
+from ldbfr.memory import is_out_of_memory, release_memory
 from ldbfr.photos.finding import FaceFinder, FoundFaces
 from ldbfr.photos.paste import Pasting, RestoredFace, paste
 from ldbfr.photos.photo import Photo, Upscaler
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # whoever finds faces and puts them back does without the net
     from ldbfr.pipeline import LDBFRPipeline
 
 Outcome = Literal["restored", "left", "refused"]
+MOST_WAITING = 100_000_000
+"""Pixels of the photos whose faces wait for a full micro-batch."""
 NO_FACE = "no face found, expected one at least; lower the score or the size, or give its box"
 IDENTITY_FRAME = 128
 """Side in px of the tight frame in which identities are compared."""
@@ -39,7 +43,8 @@ IDENTITY_FRAME = 128
 class FaceReport:
     """What became of one face.
 
-    `sharpness_before` and `sharpness_after` are mean absolute Laplacians in the model's frame, in grey levels;
+    `sharpness_before` and `sharpness_after` are mean absolute Laplacians in the model's frame, in grey levels, the
+    latter of what is pasted (but for grain);
     `identity_distance` is that of dlib's embeddings before and after, None without dlib; `uncertainty` is the mean
     standard deviation over several samples as a share of the full range, None for one sample.
     """
@@ -73,6 +78,8 @@ class PhotoResult:
     faces: list[FaceReport] = field(default_factory=list)
     is_unchanged: bool = False
     """Whether it shows just what its file does."""
+    error: str | None = None
+    """Why it could not be restored."""
 
     @property
     def num_restored(self) -> int:
@@ -80,11 +87,13 @@ class PhotoResult:
         return sum(face.outcome == "restored" for face in self.faces)
 
     def check(self, settings: PhotoSettings) -> None:
-        """Refuse a photo that the settings call a failure.
+        """Refuse a photo that could not be restored, or that the settings call a failure.
 
         Raises:
-            InputError: it has no face.
+            InputError: why.
         """
+        if self.error is not None:
+            raise InputError(f"{self.photo.name}: {self.error}")
         if not self.faces and settings.no_face == "failure":
             raise InputError(f"{self.photo.name}: {NO_FACE}")
 
@@ -93,7 +102,7 @@ class PhotoResult:
         notes = list(self.photo.notes)
         if not self.faces:
             notes.append("no face found")
-        for outcome, verb in (("left", "left as it was"), ("refused", "refused, and left as it was")):
+        for outcome, verb in (("left", "left alone"), ("refused", "refused and left alone")):
             reasons: dict[str, int] = {}
             for face in self.faces:
                 if face.outcome == outcome:
@@ -130,6 +139,7 @@ def put_back(
     identity: IdentityModel | None = IdentityModel()
     if settings.min_identity is None and not IdentityModel.is_installed():
         identity = None
+    how = Pasting(settings.strength, found.colors, settings.match_grain, settings.scale, seed)
     reports: list[FaceReport] = []
     faces: list[RestoredFace] = []
     results = iter(zip(restored, [*uncertainties, *[None] * len(restored)], strict=False))
@@ -139,10 +149,10 @@ def put_back(
             continue
         after, uncertainty = next(results)
         face = RestoredFace(one.alignment.image, after, one.alignment.matrix, one.face.points)
-        distance = None if identity is None else drift(photo, face, found.grey, settings, identity)
+        distance = None if identity is None else drift(photo, face, how, identity)
         known = {
             "sharpness_before": sharpness(face.before),
-            "sharpness_after": sharpness(after),
+            "sharpness_after": sharpness(face.result(how)),
             "identity_distance": distance,
             "uncertainty": uncertainty,
         }
@@ -156,9 +166,9 @@ def put_back(
     if settings.grey == "color" and faces:
         photo = photo.in_color()
     photo = photo.enlarged(settings.scale, upscaler)
-    how = Pasting(settings.strength, found.grey, settings.match_grain, settings.scale, seed)
     photo.apply(paste(photo.shown, faces, how))
-    return PhotoResult(photo, reports, is_unchanged=not faces and settings.scale == 1)
+    unchanged = settings.scale == 1 and (not faces or settings.strength == 0)
+    return PhotoResult(photo, reports, is_unchanged=unchanged)
 
 
 def report(face: Face, outcome: Outcome, reason: str | None, **known: float | None) -> FaceReport:
@@ -166,13 +176,13 @@ def report(face: Face, outcome: Outcome, reason: str | None, **known: float | No
     return FaceReport(face.box, face.landmarks, face.score, face.turned, outcome, reason, **known)
 
 
-def drift(photo: Photo, face: RestoredFace, grey: bool, settings: PhotoSettings, identity: IdentityModel) -> float:
+def drift(photo: Photo, face: RestoredFace, how: Pasting, identity: IdentityModel) -> float:
     """Distance of dlib's embeddings of a face before and after, in a tight frame; above 0.6 it is another person."""
     before = align(photo.shown, face.landmarks, "tight", IDENTITY_FRAME)
     # From the model's frame to the tight one, by way of the photo.
     away = np.vstack([face.matrix, [0, 0, 1]])
     there = (np.vstack([before.matrix, [0, 0, 1]]) @ np.linalg.inv(away))[:2]
-    change = face.change(grey) * face.mask[..., None] * np.float32(settings.strength)
+    change = face.change(how.colors) * face.mask[..., None] * np.float32(how.strength)
     after = before.image + warp(change, there, IDENTITY_FRAME, IDENTITY_FRAME)
     return identity.distance(np.clip(np.rint(after), 0, 255).astype(np.uint8), before.image)
 
@@ -225,45 +235,88 @@ class PhotoRestorer:
     def many(self, photos: Iterable[Photo]) -> Iterator[PhotoResult]:
         """Restore photos, in order; a micro-batch takes faces of as many as it needs to be full.
 
-        What the settings call a failure is told by `PhotoResult.check`.
+        A photo that cannot be restored does not stop the others: `PhotoResult.check` tells. When the photos that wait
+        for a full batch have more than MOST_WAITING pixels, the batch goes as it is.
         """
-        waiting: list[tuple[Photo, FoundFaces]] = []
+        waiting: list[tuple[Photo, FoundFaces | str]] = []
         faces: list[Pixels] = []
-        done: list[tuple[Pixels, float | None]] = []
+        done: list[Done] = []
 
         def finish(last: bool) -> Iterator[PhotoResult]:
             while len(faces) >= self.batch_size or (last and faces):
-                done.extend(self.restore(faces[: self.batch_size]))
-                del faces[: self.batch_size]
-            while waiting and len(waiting[0][1].chosen()) <= len(done):
+                batch = faces[: self.batch_size]
+                del faces[: len(batch)]
+                done.extend(self.restore(batch))
+            while waiting and (isinstance(waiting[0][1], str) or len(waiting[0][1].chosen()) <= len(done)):
                 photo, found = waiting.pop(0)
+                if isinstance(found, str):
+                    yield PhotoResult(photo, error=found)
+                    continue
                 count = len(found.chosen())
-                yield self.finish(photo, found, done[:count])
+                own = done[:count]
                 del done[:count]
+                yield self.finish(photo, found, own)
 
         for photo in photos:
-            found = self.find(photo)
+            found = self.look(photo)
             waiting.append((photo, found))
-            faces += found.chosen()
-            yield from finish(last=False)
+            faces += [] if isinstance(found, str) else found.chosen()
+            yield from finish(last=sum(one.width * one.height for one, _ in waiting) > MOST_WAITING)
         yield from finish(last=True)
 
-    def restore(self, faces: Sequence[Pixels]) -> list[tuple[Pixels, float | None]]:
-        """A micro-batch of aligned faces: each restored, with its uncertainty."""
-        output = self.pipeline(np.stack(faces), seed=self.seed, num_samples=self.num_samples, **self.options)
-        if output.uncertainty is None:
-            return [(image, None) for image in output.images]
-        return [(image, float(map_.mean())) for image, map_ in zip(output.images, output.uncertainty, strict=True)]
+    def look(self, photo: Photo) -> FoundFaces | str:
+        """The faces of a photo, or why they cannot be looked for."""
+        try:
+            return self.find(photo)
+        except InputError as error:
+            return str(error).removeprefix(f"{photo.name}: ")
+        except cv2.error as error:
+            return f"OpenCV cannot look at it ({error})"
+        except MemoryError:
+            return "the memory does not suffice; shrink it, or give the machine more"
 
-    def finish(self, photo: Photo, found: FoundFaces, done: Sequence[tuple[Pixels, float | None]]) -> PhotoResult:
+    def restore(self, faces: Sequence[Pixels]) -> list[Done]:
+        """A micro-batch of aligned faces; in smaller ones where they are too many at a time, or one is refused."""
+        try:
+            output = self.pipeline(np.stack(faces), seed=self.seed, num_samples=self.num_samples, **self.options)
+        except (InputError, RuntimeError) as error:  # torch raises RuntimeError, for want of memory too
+            if "CUDA error" in str(error):
+                raise
+            if len(faces) == 1:
+                return [Done(error=f"the model failed ({str(error).strip()}); try it alone on another --device")]
+            half = len(faces) // 2
+            if is_out_of_memory(error):
+                self.batch_size = min(self.batch_size, half)
+                release_memory()
+            return [*self.restore(faces[:half]), *self.restore(faces[half:])]
+        if output.uncertainty is None:
+            return [Done(image) for image in output.images]
+        return [Done(*one) for one in zip(output.images, map(float, output.uncertainty.mean(axis=(1, 2))), strict=True)]
+
+    def finish(self, photo: Photo, found: FoundFaces, done: Sequence[Done]) -> PhotoResult:
         """Put a photo's faces back."""
-        restored, uncertainties = [image for image, _ in done], [value for _, value in done]
-        return put_back(
-            photo,
-            found,
-            restored,
-            self.settings,
-            seed=self.seed,
-            uncertainties=uncertainties,
-            upscaler=self.upscaler,
-        )
+        errors = [one.error for one in done if one.error is not None]
+        if errors:
+            return PhotoResult(photo, error=errors[0])
+        try:
+            return put_back(
+                photo,
+                found,
+                [one.image for one in done if one.image is not None],
+                self.settings,
+                seed=self.seed,
+                uncertainties=[one.uncertainty for one in done],
+                upscaler=self.upscaler,
+            )
+        except InputError as error:
+            return PhotoResult(photo, error=str(error).removeprefix(f"{photo.name}: "))
+        except MemoryError:
+            return PhotoResult(photo, error="the memory does not suffice; shrink it, or give the machine more")
+
+
+class Done(NamedTuple):
+    """What the model made of a face, or why it did not."""
+
+    image: Pixels | None = None
+    uncertainty: float | None = None
+    error: str | None = None

@@ -60,6 +60,8 @@ class PhotoSettings(Settings):
             raise ConfigError(
                 f"max_face {self.max_face:g} is below min_face {self.min_face:g}: no face could be chosen"
             )
+        if self.boxes and (self.faces != "all" or self.max_faces is not None or self.max_face is not None):
+            raise ConfigError("boxes say which faces are meant: leave faces, max_faces and max_face out beside them")
         for box in self.boxes:
             if not (all(abs(value) <= LARGEST_BOX for value in box) and min(box[2:]) >= SMALLEST_BOX):
                 raise ConfigError(
