@@ -149,7 +149,7 @@ MARKS = ("<!-- written by benchmarks/photos.py -->\n", "<!-- to here -->\n")
 def with_table(page: str, results: dict[str, Any]) -> str:
     """The page with the results between its marks."""
     before, _, rest = page.partition(MARKS[0])
-    about = f"{results['machine']['cpu']}, {results['machine']['cores']} cores; `{results['command']}`"
+    about = f"{results['machine']['cpu']}, {results['machine']['cores']} cores, by `python benchmarks/photos.py`"
     figures = [f"| {name} | {value:,} |\n" for name, value in results.items() if isinstance(value, int | float)]
     table = ["| one large photo | measured |\n", "|---|---|\n", *figures, f"\nMeasured on: {about}.\n"]
     return "".join([before, MARKS[0], *table, MARKS[1], rest.partition(MARKS[1])[2]])

@@ -178,3 +178,11 @@ def test_the_archive_job_restores_photos_in_a_bucket(
     for name in PHOTOS:
         here = decode_image((tmp_path / "out" / name).read_bytes(), name=name).astype(int)
         assert np.abs(here - decode_image(written[name], name=name)).max() <= 1, "threads may round otherwise"
+
+
+def test_the_page_has_the_measured_numbers() -> None:
+    from benchmarks.photos import with_table
+
+    page = (REPOSITORY / "docs" / "photos.md").read_text("utf-8")
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "photos.json").read_text("utf-8"))
+    assert with_table(page, results) == page, "run: python benchmarks/photos.py --data … --output …"
