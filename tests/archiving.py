@@ -271,8 +271,10 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Let `jobs.restore.main` do its work in this process, and not wait between its rounds."""
     from jobs import restore
 
-    def work_off(request: Any, run: Run, weights: Any, cluster: Any, rounds: Rounds, progress: Any) -> None:
-        rounds.execute = LocalExecution(run.output, run.settings)
+    def work_off(
+        request: Any, run: Run, weights: Any, cluster: Any, finder: Any, rounds: Rounds, progress: Any
+    ) -> None:
+        rounds.execute = LocalExecution(run.output, run.settings, finder=finder)
         rounds.pause = lambda _: None
         rounds()
 
