@@ -285,11 +285,33 @@ def _partial_beside(target: Path) -> Iterator[Path]:
 def _temporary_beside(target: Path, data: bytes) -> Iterator[Path]:
     """A finished, synced file in the target's folder; gone afterwards."""
     with _partial_beside(target) as temporary:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        if not _write_nameless(temporary, data):
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         yield temporary
+
+
+def _write_nameless(path: Path, data: bytes) -> bool:
+    """Write a file that gets its name last, so that who is killed meanwhile leaves none; False where there are none."""
+    if not hasattr(os, "O_TMPFILE"):
+        return False
+    try:
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):  # of some file systems, NFS among them
+            return False
+        raise
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+        try:  # the directory's descriptor is not looked at, but makes Python follow the link
+            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+        except FileNotFoundError:  # no /proc
+            return False
+    return True
 
 
 def _copy_local(source: Path, target: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_failed_write_changes_nothing(
     if before is not None:
         target.write_bytes(before)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, broken, fail)
@@ -403,6 +403,23 @@ def test_a_failed_write_changes_nothing(
 
     assert list(tmp_path.iterdir()) == ([target] if before is not None else [])
     assert before is None or target.read_bytes() == before
+
+
+def test_a_writer_that_was_killed_while_it_wrote_leaves_nothing_at_all(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY))
+    except (OSError, AttributeError) as error:
+        pytest.skip(f"files without names are not known here: {error}")
+    script = (
+        "import os, sys\n"
+        "from ldbfr import storage\n"
+        "os.fsync = lambda *_: os._exit(9)\n"
+        "storage.write_bytes(sys.argv[1], b'half')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "target")], timeout=60)
+
+    assert done.returncode == 9
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_was_killed_leaves_nothing_to_list(tmp_path: Path) -> None:
