@@ -262,14 +262,9 @@ def face_finder(request: Restore, run: Run, weights: Weights) -> FaceFinder | No
     photos = run.settings.restore.photos
     if photos is None:
         return None
-    from ldbfr.evaluation.metrics import IdentityModel
-    from ldbfr.faces.detection import YuNet  # importing OpenCV takes time, which a mistyped option should not cost
-    from ldbfr.photos.finding import FaceFinder
+    from ldbfr.photos.finding import FaceFinder, make_detector
 
-    if photos.min_identity is not None:
-        IdentityModel.check_installed()
-    detector = YuNet(request.detector, min_score=photos.min_score, min_size=photos.min_face)
-    return FaceFinder(detector, photos, weights.preset.template, weights.preset.side)
+    return FaceFinder(make_detector(photos, request.detector), photos, weights.preset.template, weights.preset.side)
 
 
 def restore(

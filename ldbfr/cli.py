@@ -88,8 +88,7 @@ class Restore:
 
         from ldbfr.archive.files import FileRestorer, details_file, plan_files
         from ldbfr.archive.settings import RestoreSettings, Weights
-        from ldbfr.evaluation.metrics import IdentityModel
-        from ldbfr.faces.detection import YuNet
+        from ldbfr.photos.finding import make_detector
 
         jobs = plan_files(self.input, self.output, self.format, self.side_by_side)
         settings = RestoreSettings.resolve(
@@ -107,11 +106,7 @@ class Restore:
             photos=photos,
         )
         check_range("--batch-size", self.batch_size, 1, 4096, "16 suits a CPU")
-        detector = None
-        if photos is not None:
-            if photos.min_identity is not None:
-                IdentityModel.check_installed()
-            detector = YuNet(self.detector, min_score=photos.min_score, min_size=photos.min_face)
+        detector = None if photos is None else make_detector(photos, self.detector)
 
         log.info("%d images; loading %s", len(jobs), self.weights)
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from ldbfr.errors import WeightsError
-from ldbfr.faces.face import Face
+from ldbfr.faces.face import Face, common_area
 from ldbfr.images import Pixels
 from ldbfr.weights import RemoteFile, find_file
 
@@ -223,9 +223,6 @@ def one_of_each(faces: Sequence[Face]) -> list[Face]:
 
 def is_same(one: Face, other: Face) -> bool:
     """Whether two boxes are around one face."""
-    common = 1.0
-    for axis in (0, 1):
-        end = min(one.box[axis] + one.box[axis + 2], other.box[axis] + other.box[axis + 2])
-        common *= max(0.0, end - max(one.box[axis], other.box[axis]))
+    common = common_area(one.box, other.box)
     areas = one.size**2, other.size**2
     return common > SAME * (sum(areas) - common) or common > 2 * SAME * min(areas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,15 @@ class Face:
         """Of the box."""
         left, top, width, height = self.box
         return left + width / 2, top + height / 2
+
+
+def common_area(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two boxes (left, top, width, height)."""
+    area = 1.0
+    for axis in (0, 1):
+        end = min(one[axis] + one[axis + 2], other[axis] + other[axis + 2])
+        area *= max(0.0, end - max(one[axis], other[axis]))
+    return area
 
 
 FaceDetector = Callable[[Pixels], list[Face]]

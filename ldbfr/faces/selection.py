@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ldbfr.faces.face import Face
+from ldbfr.faces.face import Face, common_area
 
 WhichFaces = Literal["all", "largest", "center"]
 Box = tuple[float, float, float, float]
@@ -90,10 +90,7 @@ def by_boxes(faces: Sequence[Face], boxes: Sequence[Box], width: int, height: in
 
 def overlap(one: Box, other: Box) -> float:
     """Intersection over union of two boxes."""
-    common = 1.0
-    for axis in (0, 1):
-        end = min(one[axis] + one[axis + 2], other[axis] + other[axis + 2])
-        common *= max(0.0, end - max(one[axis], other[axis]))
+    common = common_area(one, other)
     union = one[2] * one[3] + other[2] * other[3] - common
     return common / union if union > 0 else 0.0
 

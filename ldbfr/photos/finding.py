@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from ldbfr.evaluation.metrics import IdentityModel
 from ldbfr.faces.alignment import Alignment, align, inverse, warp
+from ldbfr.faces.detection import YuNet
 from ldbfr.faces.face import Face, FaceDetector
 from ldbfr.faces.selection import select
 from ldbfr.images import Pixels
@@ -73,6 +76,21 @@ class FaceFinder:
     def __call__(self, photo: Photo) -> FoundFaces:
         """The faces of a photo."""
         return find_faces(photo, self.detector, self.settings, self.template, self.side)
+
+
+def make_detector(settings: PhotoSettings, model: str | Path | None = None) -> YuNet:
+    """The detector that settings ask for, once all that they need is known to be there.
+
+    Args:
+        settings: of the restoration.
+        model: the detector's file, see `YuNet`.
+
+    Raises:
+        WeightsError: the file cannot be found, or dlib is missing where identities are asked for.
+    """
+    if settings.min_identity is not None:
+        IdentityModel.check_installed()
+    return YuNet(model, min_score=settings.min_score, min_size=settings.min_face)
 
 
 def find_faces(photo: Photo, detector: FaceDetector, settings: PhotoSettings, template: str, side: int) -> FoundFaces:

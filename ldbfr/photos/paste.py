@@ -111,8 +111,11 @@ class RestoredFace:
 
     def result(self, how: Pasting) -> Pixels:
         """The face in its frame as it will be in the photo, but for grain, (S, S, 3)."""
-        change = self.change(how.colors) * self.mask[..., None] * np.float32(how.strength)
-        return np.clip(np.rint(self.before + change), 0, 255).astype(np.uint8)
+        return np.clip(np.rint(self.before + self.applied(how)), 0, 255).astype(np.uint8)
+
+    def applied(self, how: Pasting) -> Floats:
+        """The change under its mask, (S, S, 3), without grain."""
+        return np.asarray(self.change(how.colors) * self.mask[..., None] * np.float32(how.strength), np.float32)
 
     def change(self, colors: Colors) -> Floats:
         """What the model changed, (S, S, 3) in grey levels, with its colours brought to the photo's.

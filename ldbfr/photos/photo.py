@@ -29,7 +29,7 @@ from ldbfr.images import (
     upright,
 )
 from ldbfr.metadata import exif_block, exif_of
-from ldbfr.photos.paste import Patch
+from ldbfr.photos.paste import LUMA, Patch
 
 Mode = Literal["L", "RGB", "CMYK"]
 Samples = NDArray[np.uint8] | NDArray[np.uint16]
@@ -167,7 +167,7 @@ class Photo:
         few = self.shown[::step, ::step].reshape(-1, 3).astype(np.float32)
         whole = few[few.max(axis=1) < 254]  # where a channel is clipped, the tone is another
         few = whole if 10 * len(whole) > len(few) else few
-        luma = few @ np.array([0.299, 0.587, 0.114], np.float32)
+        luma = few @ LUMA
         tone = np.stack([few[:, 0] - luma, few[:, 2] - luma], axis=1)
         # A toned print's colour follows from its lightness: by a parabola well enough.
         terms = np.stack([np.ones_like(luma), luma, luma**2], axis=1) / np.array([1, 255, 255**2], np.float32)

@@ -182,8 +182,7 @@ def drift(photo: Photo, face: RestoredFace, how: Pasting, identity: IdentityMode
     # From the model's frame to the tight one, by way of the photo.
     away = np.vstack([face.matrix, [0, 0, 1]])
     there = (np.vstack([before.matrix, [0, 0, 1]]) @ np.linalg.inv(away))[:2]
-    change = face.change(how.colors) * face.mask[..., None] * np.float32(how.strength)
-    after = before.image + warp(change, there, IDENTITY_FRAME, IDENTITY_FRAME)
+    after = before.image + warp(face.applied(how), there, IDENTITY_FRAME, IDENTITY_FRAME)
     return identity.distance(np.clip(np.rint(after), 0, 255).astype(np.uint8), before.image)
 
 
