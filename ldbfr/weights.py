@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ldbfr.errors import WeightsError
+from ldbfr import storage
+from ldbfr.errors import StorageError, WeightsError
 
 MANIFEST = "manifest.json"
 PRESET_FILE = "preset.json"
@@ -183,42 +182,26 @@ def download(file: RemoteFile, target: Path) -> None:
             f"{file.about} is not on this machine, and $LDBFR_OFFLINE forbids downloads; {file.how_to_supply()}"
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent) as whole:  # it has no name: what is cut short leaves nothing
-            fetch(file, whole)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as named:
-                partial = Path(named.name)
-                try:
-                    shutil.copyfileobj(whole, named)
-                    named.flush()
-                    os.fsync(named.fileno())
-                    partial.chmod(0o644)
-                    partial.replace(target)
-                except BaseException:
-                    partial.unlink(missing_ok=True)
-                    raise
-    except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
+        storage.write_bytes(str(target.absolute()), fetch(file))
+    except (OSError, HTTPException, StorageError) as error:  # urllib's own errors are OSErrors
         raise WeightsError(f"{file.about} could not be downloaded ({error}); {file.how_to_supply()}") from error
 
 
-def fetch(file: RemoteFile, into: IO[bytes]) -> None:
-    """Read a file from where it is published into an open one, and rewind.
+def fetch(file: RemoteFile) -> bytes:
+    """A file from where it is published; no more of it is read than it should have.
 
     Raises:
         OSError: it cannot be read.
         WeightsError: it is another file.
     """
-    digest, size = hashlib.sha256(), 0
     request = urllib.request.Request(file.url, headers={"User-Agent": "ldbfr"})
     with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:
-        while size <= file.size and (data := response.read(2**20)):
-            digest.update(data)
-            size += len(data)
-            into.write(data)
-    if size != file.size or digest.hexdigest() != file.sha256:
-        what = f"more than {file.size:,}" if size > file.size else f"{size:,}"
+        data: bytes = response.read(file.size + 1)
+    digest = hashlib.sha256(data).hexdigest()
+    if len(data) != file.size or digest != file.sha256:
+        what = f"more than {file.size:,}" if len(data) > file.size else f"{len(data):,}"
         raise WeightsError(
-            f"{file.url} gave {what} bytes that are not {file.about}, or not all of it (SHA-256 {digest.hexdigest()}); "
+            f"{file.url} gave {what} bytes that are not {file.about}, or not all of it (SHA-256 {digest}); "
             f"try again, or {file.how_to_supply()}"
         )
-    into.seek(0)
+    return data

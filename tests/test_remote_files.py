@@ -264,9 +264,9 @@ def test_an_interruption_leaves_nothing(server: Server, cache: Path, monkeypatch
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("hashlib.sha256", "os.fsync", "shutil.copyfileobj"):
+    for place in ("hashlib.sha256", "os.fsync", "os.replace"):
         with monkeypatch.context() as patched:
-            patched.setattr(f"ldbfr.weights.{place}", interrupt)
+            patched.setattr(place, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 find_file(server.file)
         assert left_in(cache) == []
