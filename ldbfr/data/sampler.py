@@ -17,7 +17,7 @@ from torch import Tensor
 from ldbfr.data.index import Faces, Latents
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.images import to_float
-from ldbfr.seeds import derive_seed
+from ldbfr.seeds import derive_seed, normal_per_sample, uniform_per_sample
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Batch:
 
     `hq`, `lq` (b, 3, S, S) float in [-1, 1], `lq` only where the stage asks for it; `latents` (b, c, S/F, S/F), the
     frozen z_0, only where they are prepared; `indices` (b,) into the data set; `flips` (b,) bool; `places` (b,) in
-    the global batch; `seeds` (b,) int64, one for every sample, from which its noise and timestep are drawn.
+    the global batch; `seeds` (b,) int64, one for every sample, from which its noise and timestep are drawn; `noise`
+    (b, c, S/F, S/F) and `timesteps` (b,) int64, only where the sampler has drawn them already.
     """
 
     hq: Tensor
@@ -36,6 +37,8 @@ class Batch:
     flips: Tensor
     places: Tensor
     seeds: Tensor
+    noise: Tensor | None = None
+    timesteps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hq)
@@ -48,6 +51,10 @@ class Batch:
 
         return self.map(moved)
 
+    def pin_memory(self) -> Batch:
+        """The same batch with its images in page-locked memory (torch's loader calls it)."""
+        return self.map(Tensor.pin_memory)
+
     def split(self, parts: int) -> list[Batch]:
         """Up to `parts` micro-batches in order, sizes at most one apart, none empty."""
         chunks = [chunk for chunk in torch.arange(len(self)).tensor_split(parts) if len(chunk)]
@@ -57,12 +64,36 @@ class Batch:
         """Some samples of the batch, by their numbers in it."""
         part = self.map(partial(torch.index_select, dim=0, index=rows.to(self.hq.device)))
         labels = {key: getattr(self, key)[rows] for key in ("indices", "flips", "places", "seeds")}
+        if self.timesteps is not None:
+            labels["timesteps"] = self.timesteps[rows]
         return replace(part, **labels)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor of images or latents changed."""
-        optional = [None if tensor is None else change(tensor) for tensor in (self.lq, self.latents)]
-        return replace(self, hq=change(self.hq), lq=optional[0], latents=optional[1])
+        """The batch with every tensor of images, latents or noise changed."""
+        lq, latents, noise = (
+            None if tensor is None else change(tensor) for tensor in (self.lq, self.latents, self.noise)
+        )
+        return replace(self, hq=change(self.hq), lq=lq, latents=latents, noise=noise)
+
+
+@dataclass(frozen=True)
+class NoiseDraw:
+    """How the diffusion stages draw t and ε (equation (5)): t = T · u^power, u uniform, and standard normal noise.
+
+    Args:
+        shape: of one sample's latents, (c, S/F, S/F).
+        num_timesteps: T.
+        power: 1 is the paper's; above it, low timesteps come more often.
+    """
+
+    shape: tuple[int, int, int]
+    num_timesteps: int
+    power: float
+
+    def __call__(self, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """t (b,) int64 and ε (b, c, S/F, S/F) of samples with these seeds (b,); each depends on its own seed alone."""
+        share = uniform_per_sample(seeds, "timestep") ** self.power
+        return (share * self.num_timesteps).long(), normal_per_sample(seeds, self.shape, "noise")
 
 
 @lru_cache(maxsize=4)
@@ -96,6 +127,7 @@ class BatchSampler:
         flip: mirror every second image on average.
         profile: degradation profile that `lq` is drawn from; None leaves `lq` out.
         latents: the frozen latents of `images`, if there are any.
+        noise: draws t and ε along with the images, if the stage wants them.
     """
 
     images: Faces
@@ -105,6 +137,7 @@ class BatchSampler:
     flip: bool
     profile: str | None
     latents: Latents | None = None
+    noise: NoiseDraw | None = None
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The part of the step's global batch that falls to a worker."""
@@ -124,6 +157,8 @@ class BatchSampler:
                     for p, image in zip(positions, hq, strict=True)
                 ]
             )
+        seeds = torch.tensor([derive_seed(seed, "sample", step, p) for p in positions])
+        timesteps, noise = (None, None) if self.noise is None else self.noise(seeds)
         return Batch(
             hq=to_float(hq),
             lq=None if lq is None else to_float(lq),
@@ -131,7 +166,9 @@ class BatchSampler:
             indices=torch.from_numpy(indices),
             flips=torch.from_numpy(flips),
             places=torch.tensor(positions),
-            seeds=torch.tensor([derive_seed(seed, "sample", step, p) for p in positions]),
+            seeds=seeds,
+            noise=noise,
+            timesteps=timesteps,
         )
 
     def names(self, step: int) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldbfr.config import Preset, StageSettings
 from ldbfr.data.index import Faces, Latents
-from ldbfr.data.sampler import Batch
+from ldbfr.data.sampler import Batch, NoiseDraw
 from ldbfr.errors import WeightsError
 from ldbfr.training.codebook import Sum
 
@@ -29,6 +29,7 @@ class Stage(nn.Module):
     `forward(objective, batch, step)` gives the losses of one objective; the entry "loss" is minimised, the others are
     logged. Everything in it is a mean over the batch, so that parts of a batch can be weighted by their sizes.
     `sections` are the parts of the preset, besides its own training settings, that decide what it learns.
+    `noise` draws what the stage wants drawn along with its images, which takes it off the training's own time.
     `score` is the metric of the validation by which checkpoints are compared, and whether more is better.
     """
 
@@ -38,6 +39,7 @@ class Stage(nn.Module):
     score: ClassVar[tuple[str, Literal["max", "min"]]] = ("psnr", "max")
     upstream: ClassVar[tuple[str, ...]] = ()
     uses_lq: ClassVar[bool] = False
+    noise: NoiseDraw | None = None
 
     def __init__(self, preset: Preset) -> None:
         super().__init__()

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from ldbfr.config import StageSettings
 from ldbfr.data.index import Faces
+from ldbfr.data.loader import load_batches
 from ldbfr.data.sampler import Batch, BatchSampler
 from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.models.loading import load_network
@@ -108,7 +108,7 @@ class Trainer:
         self.ema = EMAModel(self.groups["generator"], decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True)
         profile = self.settings.profile if stage.uses_lq else None
         self.sampler = BatchSampler(
-            images, self.settings.batch_size, training.seed, stage.name, self.settings.flip, profile
+            images, self.settings.batch_size, training.seed, stage.name, self.settings.flip, profile, noise=stage.noise
         )
         shown = min(8, len(preview_images))
         preview = BatchSampler(preview_images, shown, training.seed, "preview", False, profile)
@@ -202,14 +202,11 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """This worker's batches from the current step on, each made while the one before is trained on."""
-        rank, size = self.runtime.rank, self.runtime.world_size
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(self.sampler.batch, self.step, rank, size)
-            for step in range(self.step, self.settings.steps):
-                batch = ahead.result()
-                if step + 1 < self.settings.steps:
-                    ahead = pool.submit(self.sampler.batch, step + 1, rank, size)
-                yield batch.to(self.runtime.device, self.memory_format)
+        runtime, device = self.runtime, self.runtime.device
+        steps, processes = range(self.step, self.settings.steps), self.stage.preset.training.loader_processes
+        pin = device.type == "cuda"
+        for batch in load_batches(self.sampler, steps, runtime.rank, runtime.world_size, processes, pin):
+            yield batch.to(device, self.memory_format)
 
     def optimize(self, batch: Batch) -> dict[str, float]:
         """One optimiser step of every active objective on the global batch; returns the losses."""

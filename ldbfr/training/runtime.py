@@ -63,6 +63,8 @@ class SingleProcess:
 
     def __init__(self, device: str | None = None) -> None:
         self.device = find_device(device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest kernels are worth looking for
         self.signals = Signals()
         self.check: Callable[[], None] = lambda: None
         """Called after every step; raises when the run must not go on, as when its lock was lost."""

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from ldbfr.config import DiffusionStageSettings, Preset, VQStageSettings
 from ldbfr.data.index import Faces, Latents
-from ldbfr.data.sampler import Batch
+from ldbfr.data.sampler import Batch, NoiseDraw
 from ldbfr.models.dc_vqr import DCVQRModel
 from ldbfr.models.dqe import DQEUNet2DModel, make_unet
 from ldbfr.models.vqgan import VQGAN, PatchDiscriminator
 from ldbfr.schedules import noise_schedule
-from ldbfr.seeds import derive_seed, normal_per_sample, uniform_per_sample
+from ldbfr.seeds import derive_seed, uniform_per_sample
 from ldbfr.training.base import Losses, Stage, freeze
 from ldbfr.training.codebook import CodebookHealth, draw_features
 from ldbfr.training.latents import LatentsInMemory, encode_all
@@ -236,11 +236,15 @@ class DiffusionStage(Stage):
     """What the two diffusion stages share: latents, noise, timesteps, and the noise error."""
 
     score = ("noise_error", "min")
+    noise: NoiseDraw
 
     def __init__(self, preset: Preset, latent_vqgan: ModelMixin) -> None:
         super().__init__(preset)
         self.latent_vqgan = cast(VQGAN, freeze(latent_vqgan))
         self.schedule: DDPMScheduler = noise_schedule(preset.diffusion)
+        side = preset.latent_side
+        shape = (preset.latent_vqgan.code_dim, side, side)
+        self.noise = NoiseDraw(shape, preset.diffusion.num_train_timesteps, self.settings.timestep_power)
 
     @property
     def settings(self) -> DiffusionStageSettings:
@@ -264,9 +268,10 @@ class DiffusionStage(Stage):
     def noisy(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """z_t, t and ε of a batch, each drawn from the samples' own seeds (equation (5))."""
         latents = self.latents(batch)
-        share = uniform_per_sample(batch.seeds, "timestep") ** self.settings.timestep_power
-        timesteps = (share * self.schedule.config["num_train_timesteps"]).long().to(latents.device)
-        noise = normal_per_sample(batch.seeds, tuple(latents.shape[1:]), "noise").to(latents)
+        timesteps, noise = batch.timesteps, batch.noise
+        if timesteps is None or noise is None:
+            timesteps, noise = self.noise(batch.seeds)
+        timesteps, noise = timesteps.to(latents.device), noise.to(latents)
         return self.schedule.add_noise(latents, noise, timesteps), timesteps, noise
 
     def noise_error(self, prediction: Tensor, noise: Tensor, timesteps: Tensor) -> Losses:
