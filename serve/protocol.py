@@ -29,9 +29,7 @@ class RestorationOptions(Settings):
     condition_scale: float | None = Field(None, ge=0, le=4, description="factor on the injections")
     strength: float = Field(1.0, ge=0, le=1, description="share of the model's change that is applied to a photo")
     samples: int = Field(1, ge=1, le=8, description="restorations of each face; above 1 there is an uncertainty map")
-    boxes: tuple[Box, ...] = Field(
-        (), max_length=64, description="restore just these faces, (left, top, width, height)"
-    )
+    boxes: tuple[Box, ...] = Field((), max_length=64, description="just these faces: left, top, width, height")
     format: ImageFormat | None = Field(None, description="of the answer; the upload's own when left out")
     quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
 
@@ -90,7 +88,7 @@ class ModelInfo:
     license: str = ""
 
 
-class Overloaded(LDBFRError):  # noqa: N818 - said to the client as a state
+class Overloaded(LDBFRError):
     """No room for the request now: 429 where it is the client's own limit, 503 where it is the service's.
 
     Args:
@@ -103,7 +101,7 @@ class Overloaded(LDBFRError):  # noqa: N818 - said to the client as a state
         self.retry_after = retry_after
 
 
-class DeadlineExceeded(LDBFRError):  # noqa: N818
+class DeadlineExceeded(LDBFRError):
     """The request's time ran out before its result was there: 504."""
 
 
