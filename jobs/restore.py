@@ -85,8 +85,8 @@ class Restore:
     """Sampler; the weights' own when left out."""
     condition_scale: float | None = None
     """Factor on the injections; the weights' own when left out."""
-    color_correction: bool = False
-    """Take low frequencies, thus colours, from the first stage."""
+    color_correction: bool | None = None
+    """Whether low frequencies, thus colours, are the first stage's; as the weights have it when left out."""
     seed: int = 0
     """Of the noise; an image's noise follows from it and the image alone."""
     samples: int = 1

@@ -57,8 +57,8 @@ class Restore:
     """Sampler; the weights' own when left out."""
     condition_scale: float | None = None
     """Factor on the injections; the weights' own when left out."""
-    color_correction: bool = False
-    """Take low frequencies, thus colours, from the first stage."""
+    color_correction: bool | None = None
+    """Whether low frequencies, thus colours, are the first stage's; as the weights have it when left out."""
     seed: int = 0
     """Of the noise; a face's noise follows from it and the face alone."""
     samples: int = 1
@@ -214,6 +214,8 @@ class Export:
     """Default start step of the sampling; the preset's when left out."""
     steps: int | None = None
     """Default number of denoising steps; the preset's when left out."""
+    color_correction: bool | None = None
+    """Whether low frequencies are the first stage's by default; the preset's when left out."""
 
     def __call__(self) -> int:
         """Write the weights."""
@@ -223,13 +225,14 @@ class Export:
         from ldbfr.training.export import export, read_run_preset
 
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
-        own = read_run_preset(self.run).sampling
-        sampling = SamplingSettings(
-            scheduler=own.scheduler,
-            num_inference_steps=own.num_inference_steps if self.steps is None else self.steps,
-            start_step=own.start_step if self.start_step is None else self.start_step,
-            condition_scale=own.condition_scale,
-        )
+        given = {
+            "num_inference_steps": self.steps,
+            "start_step": self.start_step,
+            "color_correction": self.color_correction,
+        }
+        own = read_run_preset(self.run).sampling.model_dump()
+        own |= {key: value for key, value in given.items() if value is not None}
+        sampling = SamplingSettings.model_validate(own)
         pipeline = export(self.run, self.output, dtype, sampling)
         size = sum(path.stat().st_size for path in self.output.rglob("*") if path.is_file())
         print(f"{self.output}: {size / 1e6:.1f} MB, digest {pipeline.weights_digest}")

@@ -93,13 +93,15 @@ class SamplingSettings(Settings):
     """How images are drawn unless a call says otherwise.
 
     `start_step` is where the diffusion starts: at `num_train_timesteps` from pure noise, below it from the first
-    stage's latents noised to that step.
+    stage's latents noised to that step. `color_correction` takes low frequencies, thus colours, from the first stage,
+    which was trained to get them right on average.
     """
 
     scheduler: SchedulerName = "dpm_solver"
     num_inference_steps: PositiveInt = 16
     start_step: PositiveInt = 1000
     condition_scale: float = Field(1.0, ge=0)
+    color_correction: bool = False
 
 
 class StageSettings(Settings):
@@ -131,7 +133,9 @@ class StageSettings(Settings):
 class ReconstructionSettings(Settings):
     """Weights of the terms between an image and its reconstruction.
 
-    `perceptual` needs a backbone: "vgg" is lpips's trained VGG, "random" the same network untrained.
+    `perceptual` needs a backbone: "vgg" is lpips's trained VGG, "random" the same network untrained. The discriminator
+    learns from step `discriminator_start` on, and the generator hears it `discriminator_warmup` steps later: what a
+    fresh one says is noise, which the adaptive weight would make as loud as the reconstruction.
     """
 
     l1: float = Field(1.0, ge=0)
@@ -141,6 +145,7 @@ class ReconstructionSettings(Settings):
     perceptual_backbone: Literal["vgg", "random"] = "vgg"
     adversarial: float = Field(0.0, ge=0)
     discriminator_start: int = Field(0, ge=0)
+    discriminator_warmup: int = Field(0, ge=0)
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 3
 

@@ -102,7 +102,7 @@ class LDBFRPipeline(DiffusionPipeline):
         condition_scale: float | None = None,
         seed: int = 0,
         num_samples: int = 1,
-        color_correction: bool = False,
+        color_correction: bool | None = None,
         return_first_stage: bool = False,
         output_type: OutputType = "np",
         callback_on_step_end: StepCallback | None = None,
@@ -151,7 +151,7 @@ class LDBFRPipeline(DiffusionPipeline):
                 keys = [(seed, digest, index) for digest in digests]
                 latents = sampler.sample(hq_features, initial, keys)
                 samples.append(self.latent_vqgan.from_latents(latents).clamp(-1, 1))
-        if color_correction:
+        if sampling.color_correction if color_correction is None else color_correction:
             samples = [match_color(sample, first_stage) for sample in samples]
         many = len(samples) > 1
         return LDBFROutput(

@@ -153,6 +153,15 @@ def test_colour_correction_takes_the_low_frequencies_from_the_first_stage(pipeli
     assert (means[1] - means[2]).abs().max() < 0.02
 
 
+def test_weights_say_whether_colours_are_corrected_by_default(pipeline: LDBFRPipeline) -> None:
+    settings: Any = {"output_type": "pt"}
+    plain, corrected = (pipeline(FACES[:2], color_correction=on, **settings).images for on in (False, True))
+    assert torch.equal(pipeline(FACES[:2], **settings).images, plain)
+    other = tiny.new_pipeline("sampling.color_correction=true")
+    assert torch.equal(other(FACES[:2], **settings).images, other(FACES[:2], color_correction=True, **settings).images)
+    assert not torch.equal(plain, corrected)
+
+
 def test_colour_correction_splits_frequencies() -> None:
     """A constant offset is taken over whole, a checkerboard of one pixel not at all."""
     board = 0.2 * (torch.arange(32)[:, None] + torch.arange(32)[None]).remainder(2).mul(2).sub(1).float()

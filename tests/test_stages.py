@@ -169,6 +169,17 @@ def test_with_a_discriminator_too_the_losses_are_those_of_the_whole_batch(tmp_pa
         assert all(other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5) for key in one)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_fresh_discriminator_learns_for_a_while_before_the_generator_hears_it(tmp_path: Path, parts: int) -> None:
+    worker = tiny.Worker()
+    terms = {"discriminator_start": 1, "discriminator_warmup": 2}
+    overrides = [f"training.hq_vqgan.reconstruction.{key}={value}" for key, value in terms.items()]
+    overrides += [f"training.hq_vqgan.gradient_accumulation={parts}", "training.hq_vqgan.steps=5"]
+    tiny.new_trainer(tmp_path, "hq_vqgan", *overrides, runtime=worker).train()
+    assert ["discriminator_loss" in report for report in worker.reports] == [False, True, True, True, True]
+    assert ["adversarial" in report for report in worker.reports] == [False, False, False, True, True]
+
+
 def test_accumulation_leads_to_the_same_weights(tmp_path: Path) -> None:
     """To 1e-5, but where a gradient is 0: there Adam's first step is the sign of the rounding."""
     ends = []

@@ -97,6 +97,11 @@ class VQGANStage(Stage):
         """The discriminator starts when the reconstruction is worth judging."""
         return objective == "generator" or step >= self.settings.reconstruction.discriminator_start
 
+    def hears_discriminator(self, step: int) -> bool:
+        """Whether the generator's loss has the adversarial term: the discriminator has learnt for a while."""
+        terms = self.settings.reconstruction
+        return step >= terms.discriminator_start + terms.discriminator_warmup
+
     def forward(self, objective: str, batch: Batch, step: int) -> Losses:
         """Losses of the generator, or of the discriminator on the generator's latest reconstruction."""
         if objective == "discriminator":
@@ -113,7 +118,7 @@ class VQGANStage(Stage):
         if self.settings.trains == "all":
             loss = loss + self.settings.codebook * codebook + self.settings.commitment * commitment
         losses = {"reconstruction": reconstruction, "codebook": codebook}
-        if self.discriminator is not None and self.active("discriminator", step):
+        if self.discriminator is not None and self.hears_discriminator(step):
             adversarial = -self.discriminator(images).mean()
             weight = torch.tensor(self.settings.reconstruction.adversarial)
             if torch.is_grad_enabled():
@@ -131,7 +136,7 @@ class VQGANStage(Stage):
         self._adaptive_weight = None
         if self.settings.gradient_accumulation == 1 or self.discriminator is None:
             return
-        if self.active("discriminator", step):
+        if self.hears_discriminator(step):
             gradients = []
             for part in parts:
                 images = self.vqgan(part.hq)[0]
