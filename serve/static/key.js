@@ -1,0 +1,47 @@
+// The API key: asked for where the server wants one, and kept for this tab alone.
+
+const NAME = "ldbfr-key";
+
+export class KeyField {
+  #api;
+  #form = document.getElementById("key-form");
+  #field = document.getElementById("key");
+  #known = document.getElementById("key-known");
+
+  /** Give `api` the tab's key; `changed()` runs when another is given or this one forgotten. */
+  constructor(api, changed) {
+    this.#api = api;
+    api.key = sessionStorage.getItem(NAME) ?? "";
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#set(this.#field.value.trim());
+      this.#field.value = "";
+      changed();
+    });
+    document.getElementById("forget-key").addEventListener("click", () => {
+      this.#set("");
+      this.#field.focus();
+      changed();
+    });
+  }
+
+  /** Show the field, or that there is a key, where keys matter. */
+  show(isWanted) {
+    this.#form.hidden = !isWanted || this.#api.key !== "";
+    this.#known.hidden = !isWanted || this.#api.key === "";
+  }
+
+  /** Show the field and go there, whatever key there is. */
+  ask() {
+    this.#form.hidden = false;
+    this.#known.hidden = true;
+    this.#field.focus();
+  }
+
+  #set(key) {
+    this.#api.key = key;
+    if (key) sessionStorage.setItem(NAME, key);
+    else sessionStorage.removeItem(NAME);
+    this.show(true);
+  }
+}
