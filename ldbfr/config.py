@@ -135,7 +135,8 @@ class ReconstructionSettings(Settings):
 
     `perceptual` needs a backbone: "vgg" is lpips's trained VGG, "random" the same network untrained. The discriminator
     learns from step `discriminator_start` on, and the generator hears it `discriminator_warmup` steps later: what a
-    fresh one says is noise, which the adaptive weight would make as loud as the reconstruction.
+    fresh one says is noise, which the adaptive weight would make as loud as the reconstruction. `discriminator_rate` is
+    its learning rate over the generator's: at the same rate a generator that is trained already outruns it.
     """
 
     l1: float = Field(1.0, ge=0)
@@ -146,6 +147,7 @@ class ReconstructionSettings(Settings):
     adversarial: float = Field(0.0, ge=0)
     discriminator_start: int = Field(0, ge=0)
     discriminator_warmup: int = Field(0, ge=0)
+    discriminator_rate: float = Field(1.0, gt=0)
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 3
 

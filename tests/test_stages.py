@@ -169,6 +169,22 @@ def test_with_a_discriminator_too_the_losses_are_those_of_the_whole_batch(tmp_pa
         assert all(other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5) for key in one)
 
 
+def test_the_discriminator_has_its_own_rate(tmp_path: Path) -> None:
+    """Adam's first step is the rate, whatever the gradient: the two networks move by 1 to 5."""
+    overrides = ["training.hq_vqgan.warmup_steps=0", "training.hq_vqgan.learning_rate=1e-3"]
+    overrides += [f"training.hq_vqgan.reconstruction.discriminator_{key}" for key in ("start=0", "rate=5")]
+    trainer = tiny.new_trainer(tmp_path, "hq_vqgan", *overrides)
+    before = {name: [p.detach().clone() for p in group] for name, group in trainer.groups.items()}
+    trainer.set_learning_rate()
+    trainer.optimize(batch_of("hq_vqgan"))
+    moved = {
+        name: max((p.detach() - old).abs().max().item() for p, old in zip(trainer.groups[name], group, strict=True))
+        for name, group in before.items()
+    }
+    assert moved["generator"] == pytest.approx(1e-3, rel=0.05)
+    assert moved["discriminator"] == pytest.approx(5e-3, rel=0.05)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_fresh_discriminator_learns_for_a_while_before_the_generator_hears_it(tmp_path: Path, parts: int) -> None:
     worker = tiny.Worker()

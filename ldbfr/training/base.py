@@ -110,6 +110,10 @@ class Stage(nn.Module):
         """Modules beside the network whose state a resumed run needs."""
         return {}
 
+    def rate(self, objective: str) -> float:
+        """An objective's learning rate, as a multiple of the stage's."""
+        return 1.0
+
     def active(self, objective: str, step: int) -> bool:
         """Whether an objective is trained at a step."""
         return True

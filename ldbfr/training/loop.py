@@ -282,9 +282,9 @@ class Trainer:
 
     def set_learning_rate(self) -> None:
         """Give every optimiser the step's learning rate."""
-        for optimizer in self.optimizers.values():
+        for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings, self.step)
+                group["lr"] = self.stage.rate(name) * learning_rate(self.settings, self.step)
 
     @contextmanager
     def averaged(self) -> Iterator[ModelMixin]:

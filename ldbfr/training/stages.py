@@ -93,6 +93,10 @@ class VQGANStage(Stage):
         extras: dict[str, nn.Module] = {"health": self.health}
         return extras if self.discriminator is None else extras | {"discriminator": self.discriminator}
 
+    def rate(self, objective: str) -> float:
+        """The discriminator may learn faster than the generator (two time-scale update rule, Heusel et al. 2017)."""
+        return self.settings.reconstruction.discriminator_rate if objective == "discriminator" else 1.0
+
     def active(self, objective: str, step: int) -> bool:
         """The discriminator starts when the reconstruction is worth judging."""
         return objective == "generator" or step >= self.settings.reconstruction.discriminator_start
