@@ -105,6 +105,23 @@ class DeadlineExceeded(LDBFRError):
     """The request's time ran out before its result was there: 504."""
 
 
+class OtherModelError(LDBFRError):
+    """The faces were cut out for other weights than those that answer, as happens while weights are replaced.
+
+    Args:
+        model: that answers: cut the faces out for it, and ask again.
+    """
+
+    def __init__(self, model: ModelInfo) -> None:
+        super().__init__(model)  # nothing but arguments, so that it can go from process to process
+        self.model = model
+
+    def __str__(self) -> str:
+        return (
+            f"expected faces of {self.model.side} px in the {self.model.template} frame, which {self.model.name} takes"
+        )
+
+
 class Restorer(Protocol):
     """Restores encoded images.
 
@@ -131,9 +148,13 @@ class Restorer(Protocol):
 
 @dataclass(frozen=True)
 class FaceJob:
-    """Aligned faces of one request: (n, S, S, 3) uint8, and how to restore them. `previews` asks for every step's."""
+    """Aligned faces of one request: (n, S, S, 3) uint8, in which frame, and how to restore them.
+
+    `previews` asks for every step's.
+    """
 
     faces: Pixels
+    template: str
     steps: int | None = None
     seed: int = 0
     condition_scale: float | None = None
@@ -145,10 +166,12 @@ class FaceJob:
 class FaceResult:
     """`images` (n, S, S, 3) uint8, `samples` (N, n, S, S, 3) or None, `uncertainty` (n, S, S) float32 or None.
 
-    `queue_seconds` and `model_seconds` are what it waited and took, `batch_faces` how many faces shared the batch.
+    `model` are the weights that made it; `queue_seconds` and `model_seconds` are what it waited and took, `batch_faces`
+    how many faces shared the batch.
     """
 
     images: Pixels
+    model: ModelInfo
     samples: Pixels | None = None
     uncertainty: Any = None
     queue_seconds: float = 0.0
@@ -166,7 +189,7 @@ class FacePreview:
 
 
 class FaceModel(Protocol):
-    """Restores aligned faces in batches; may raise `Overloaded` and `DeadlineExceeded`."""
+    """Restores aligned faces in batches; may raise `Overloaded`, `DeadlineExceeded` and `OtherModelError`."""
 
     async def info(self) -> ModelInfo:
         """About the model."""
