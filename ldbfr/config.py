@@ -133,7 +133,8 @@ class StageSettings(Settings):
 class ReconstructionSettings(Settings):
     """Weights of the terms between an image and its reconstruction.
 
-    `perceptual` needs a backbone: "vgg" is lpips's trained VGG, "random" the same network untrained. The discriminator
+    `energy` compares how much detail there is in every window of 8 px, wherever in it: unlike the others it does not
+    prefer no detail to detail that is a pixel off. `perceptual` needs a backbone: "vgg" is lpips's trained VGG, "random" the same network untrained. The discriminator
     learns from step `discriminator_start` on, and the generator hears it `discriminator_warmup` steps later: what a
     fresh one says is noise, which the adaptive weight would make as loud as the reconstruction. `discriminator_rate` is
     its learning rate over the generator's: at the same rate a generator that is trained already outruns it.
@@ -142,6 +143,7 @@ class ReconstructionSettings(Settings):
     l1: float = Field(1.0, ge=0)
     l2: float = Field(0.0, ge=0)
     gradient: float = Field(0.0, ge=0)
+    energy: float = Field(0.0, ge=0)
     perceptual: float = Field(0.0, ge=0)
     perceptual_backbone: Literal["vgg", "random"] = "vgg"
     adversarial: float = Field(0.0, ge=0)

@@ -3,8 +3,10 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import laplace
 from torch import nn
 
 from ldbfr.config import ReconstructionSettings
@@ -14,8 +16,10 @@ from ldbfr.training.losses import (
     PerceptualLoss,
     ReconstructionLoss,
     adaptive_weight,
+    energy_difference,
     gradient_difference,
     hinge_discriminator_loss,
+    laplacian,
     last_layer_gradients,
     min_snr_weight,
 )
@@ -41,6 +45,24 @@ def test_the_gradient_difference_is_the_mean_over_all_neighbours() -> None:
 def test_the_gradient_difference_ignores_a_constant_offset() -> None:
     images = tiny.lq_batch()
     assert gradient_difference(images + 0.3, images).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_laplacian_is_scipy_s() -> None:
+    images = tiny.normal(2, 3, 6, 7)
+    expected = [[laplace(channel.numpy(), mode="nearest") for channel in image] for image in images]
+    assert torch.allclose(laplacian(images), torch.tensor(np.array(expected)), atol=1e-5)
+
+
+def test_the_energy_difference_asks_for_as_much_detail_not_for_the_same() -> None:
+    board = (torch.arange(32)[:, None] + torch.arange(32)[None]).remainder(2).mul(2).sub(1).float().expand(1, 3, 32, 32)
+    inner = (slice(None), slice(None), slice(8, 24), slice(8, 24))  # the border sees itself
+    one, other = 0.1 * board, -0.1 * board
+    assert energy_difference(one[inner], other[inner]).item() == pytest.approx(0, abs=1e-6)
+    assert (one - other).abs().mean() > 0.1
+    # |Laplacian| of ±a is 8a inside: a blurred board of half the contrast lacks half of it
+    middle = energy_difference(one, 0.5 * one, window=1)
+    assert middle.item() == pytest.approx(laplacian(0.5 * one).abs().mean().item(), rel=1e-6)
+    assert laplacian(one)[inner].abs().mean().item() == pytest.approx(0.8, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +110,10 @@ def test_the_min_snr_weight_is_its_formula() -> None:
 
 def test_the_reconstruction_loss_is_the_weighted_sum_of_its_terms() -> None:
     images, target = tiny.lq_batch(), tiny.lq_batch(seed=1)
-    loss = ReconstructionLoss(ReconstructionSettings(l1=0.5, l2=2.0, gradient=3.0))
+    loss = ReconstructionLoss(ReconstructionSettings(l1=0.5, l2=2.0, gradient=3.0, energy=4.0))
     difference = images - target
     expected = 0.5 * difference.abs().mean() + 2 * difference.square().mean()
-    expected = expected + 3 * gradient_difference(images, target)
+    expected = expected + 3 * gradient_difference(images, target) + 4 * energy_difference(images, target)
     assert loss(images, target).item() == pytest.approx(expected.item(), rel=1e-5)
     assert ReconstructionLoss(ReconstructionSettings())(images, images).item() == 0
 
