@@ -122,7 +122,7 @@ class Service:
     def routes(self) -> APIRouter:
         """The router."""
         router = APIRouter()
-        with_options = {"openapi_extra": upload_operation(options=True), "tags": ["images"]}
+        with_options: dict[str, Any] = {"openapi_extra": upload_operation(options=True), "tags": ["images"]}
         about: dict[str, Any] = {"tags": ["service"]}
 
         router.add_api_route(
@@ -162,7 +162,9 @@ class Service:
         router.add_api_route(
             "/readyz", self.readyz, response_model=Status, responses=documented("not-ready", "internal"), **about
         )
-        text = {200: {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+        text: dict[int | str, dict[str, Any]] = {
+            200: {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        }
         router.add_api_route(
             "/metrics", self.prometheus, response_class=Response, responses={**text, **_KEYED}, **about
         )

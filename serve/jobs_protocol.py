@@ -10,7 +10,9 @@ from pydantic import Field
 from ldbfr.config import Settings
 from ldbfr.errors import InputError
 
-Place = Annotated[str, Field(pattern=r"^s3://[^/\s]+(/[^/\s]+)*/?$", max_length=1024)]
+Place = Annotated[
+    str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\u0000-\u001f\u007f]+)*/?$", max_length=1024)
+]
 """A bucket, or a prefix in one."""
 
 

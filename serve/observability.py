@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -76,9 +75,9 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-def log_as_json(level: int = logging.INFO) -> None:
-    """Let the loggers `serve` and `ldbfr` write JSON lines to standard error; others stay as they are."""
-    handler = logging.StreamHandler(sys.stderr)
+def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Let the loggers `serve` and `ldbfr` write JSON lines, to standard error by default; others stay as they are."""
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     for name in ("serve", "ldbfr"):
         logger = logging.getLogger(name)

@@ -85,12 +85,20 @@ def restored_response() -> dict[str, Any]:
 
 def event_response() -> dict[str, Any]:
     """The answer with server-sent events."""
+    event = {
+        "type": "object",
+        "properties": {
+            "event": {"type": "string", "enum": ["preview", "result", "error"]},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
+        "required": ["event", "data"],
+    }
     return {
         "description": (
             "`event: preview` with a PreviewEvent, any number; then `event: result` with a Restoration, or "
             "`event: error` with ProblemDetails. A line that starts with a colon keeps the connection alive."
         ),
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": event}},
     }
 
 

@@ -173,11 +173,20 @@ def handle_problems(app: FastAPI) -> None:
     """
 
     async def answer(request: Request, error: Exception) -> Response:
-        return Problem.of(error).response(request)
+        problem = Problem.of(error)
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            problem = Problem("not-found", f"there is no {request.url.path[:256]!r} here; /openapi.json lists what is")
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            path = getattr(request.scope.get("route"), "path", "")
+            # From the description: Starlette names the methods of one route, and a path may have several.
+            described = app.openapi()["paths"].get(path, {})
+            allowed = ", ".join(sorted(described)).upper() or problem.headers.get("Allow", "")
+            detail = f"{request.method[:32]!r}: expected {allowed}"
+            problem = Problem("method-not-allowed", detail, {"Allow": allowed})
+        return problem.response(request)
 
     app.add_exception_handler(LDBFRError, answer)
     app.add_exception_handler(HTTPException, answer)
-    # WeightsError and StorageError are the service's own trouble, as is any other error.
 
 
 def documented(*slugs: Slug) -> dict[int | str, dict[str, Any]]:

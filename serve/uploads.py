@@ -15,8 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from ldbfr.errors import InputError
-from ldbfr.images import open_header
+from serve.bombs import check_header
 from serve.problems import FieldError, Problem
 from serve.protocol import RestorationOptions
 from serve.settings import EndpointSettings
@@ -28,8 +27,6 @@ REPEATED = ("boxes",)
 
 MOST_PARTS = 96
 MOST_FIELD_BYTES = 1024
-MOST_PNG_CHUNKS = 4096
-"""Before the pixels. A file made of empty chunks would keep Pillow busy for as long as it is."""
 
 Fields = list[tuple[str, str]]
 
@@ -65,7 +62,7 @@ async def read_upload(request: Request, settings: EndpointSettings) -> Upload:
             "with curl: -H 'Content-Type: application/octet-stream' --data-binary @FILE, or -F image=@FILE",
             {"Accept": ", ".join((*RAW_TYPES, FORM_TYPE))},
         )
-    await asyncio.to_thread(check_header, upload.data, settings)  # a header may take its time
+    await asyncio.to_thread(check_header, upload.data, settings.max_pixels)  # a large header takes a while
     return upload
 
 
@@ -74,25 +71,6 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     body = bytearray()
     await _receive(request, most, seconds, body.extend)
     return bytes(body)
-
-
-def check_header(data: bytes, settings: EndpointSettings) -> None:
-    """Refuse what is no image, or too large a one, by its header alone.
-
-    Raises:
-        InputError: empty, of another format, or damaged.
-        Problem: too-large.
-    """
-    if not data:
-        raise InputError("the upload is empty (0 bytes), expected an image file")
-    _check_png_chunks(data)
-    width, height = open_header(data, "the upload").size
-    if width * height > settings.max_pixels:
-        raise Problem(
-            "too-large",
-            f"{width} x {height} pixels, expected at most {settings.max_pixels:,} in all; send a smaller image",
-            max_pixels=settings.max_pixels,
-        )
 
 
 def parse_options(
@@ -159,9 +137,9 @@ async def _receive(request: Request, most: int, seconds: float, sink: Callable[[
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > most:
         raise too_large
-    received = 0
+    received, limit = 0, asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             async for chunk in request.stream():
                 received += len(chunk)
                 if received > most:
@@ -261,15 +239,3 @@ class _Form:
 
     def _end(self) -> None:
         self.is_complete = True
-
-
-def _check_png_chunks(data: bytes) -> None:
-    """Refuse a PNG with thousands of chunks before its pixels."""
-    position, signature = 8, b"\x89PNG\r\n\x1a\n"
-    if not data.startswith(signature):
-        return
-    for _ in range(MOST_PNG_CHUNKS):
-        if data[position + 4 : position + 8] in (b"IDAT", b"IEND", b""):
-            return
-        position += 12 + int.from_bytes(data[position : position + 4])
-    raise InputError(f"the upload: more than {MOST_PNG_CHUNKS:,} PNG chunks before the pixels; export it again")
