@@ -134,10 +134,11 @@ class ReconstructionSettings(Settings):
     """Weights of the terms between an image and its reconstruction.
 
     `energy` compares how much detail there is in every window of 8 px, wherever in it: unlike the others it does not
-    prefer no detail to detail that is a pixel off. `perceptual` needs a backbone: "vgg" is lpips's trained VGG, "random" the same network untrained. The discriminator
-    learns from step `discriminator_start` on, and the generator hears it `discriminator_warmup` steps later: what a
-    fresh one says is noise, which the adaptive weight would make as loud as the reconstruction. `discriminator_rate` is
-    its learning rate over the generator's: at the same rate a generator that is trained already outruns it.
+    prefer no detail to detail that is a pixel off. `perceptual` needs a backbone: "vgg" is lpips's trained VGG,
+    "random" the same network untrained. The discriminator learns from step `discriminator_start` on, and the generator
+    hears it `discriminator_warmup` steps later: what a fresh one says is noise, which the adaptive weight would make as
+    loud as the reconstruction. `discriminator_rate` is its learning rate over the generator's: at the same rate a
+    generator that is trained already outruns it.
     """
 
     l1: float = Field(1.0, ge=0)
