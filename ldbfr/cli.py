@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ldbfr.config import SchedulerName, check_range, load_preset, preset_names
-from ldbfr.errors import LDBFRError
+from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.photos.options import PhotoOptions, parse_boxes
 from ldbfr.places import absolute
 
@@ -28,12 +28,14 @@ class Restore:
     One file for a file, or a folder of results for files and folders. What surrounds the faces stays what it was, bit
     for bit in PNG (a JPEG is encoded again); size, mode, EXIF data, colour profile and transparency are kept. With
     --faces none an image is one aligned face. The same command goes on where it was stopped. Archives and buckets:
-    `jobs/restore.py --faces all`.
+    `jobs/restore.py --faces all`. With --server an endpoint does the work, and this machine needs neither weights nor
+    GPU; its key, if it asks for one, is taken from the environment variable LDBFR_API_KEY.
 
         ldbfr restore photo.jpg -o better.jpg
         ldbfr restore album/ scans/ -o restored/ --side-by-side
         ldbfr restore group.png -o group-2x.png --scale 2 --faces largest --samples 4
         ldbfr restore old.jpg -o new.jpg --box 120,80,64,64 --box 300,90,70,70
+        ldbfr restore album/ -o restored/ --server https://faces.example.org
 
     Exit code 0: all are restored. 1: not all, and the text says why. 130: stopped by Ctrl-C.
     """
@@ -81,10 +83,20 @@ class Restore:
     """"cpu", "cuda" or "mps"; the GPU when there is one."""
     threads: int | None = None
     """CPU threads for torch; all cores when left out."""
+    server: str | None = None
+    """Address of an endpoint that restores instead of this machine, such as http://127.0.0.1:8000."""
+    workers: int | None = None
+    """Files at a time, with --server; 4 when left out."""
 
     def __call__(self) -> int:
         """Restore; exit code 0 if nothing failed."""
         photos = self.photos.settings(parse_boxes(self.box, self.photos.faces))
+        if self.server is not None:
+            return self.by_server(self.server)
+        if self.workers is not None:
+            raise ConfigError(
+                f"--workers {self.workers} without --server: this machine takes --batch-size faces at a time"
+            )
 
         from ldbfr.archive.files import FileRestorer, details_file, plan_files
         from ldbfr.archive.settings import RestoreSettings, Weights
@@ -125,6 +137,39 @@ class Restore:
             restorer = PhotoRestorer(pipeline, photos, detector=detector, batch_size=self.batch_size, **options)
         with details_file(self.details) as details:
             work = FileRestorer(pipeline, settings, restorer, self.batch_size, self.overwrite, details)
+            tally = work(jobs)
+        print("\n".join(work.summary()))
+        return 1 if tally.failed else 0
+
+    def by_server(self, server: str) -> int:
+        """Restore by an endpoint; exit code 0 if nothing failed.
+
+        Raises:
+            ConfigError: an endpoint cannot do what is asked for.
+        """
+        from ldbfr.archive.files import details_file, plan_files
+        from ldbfr.archive.files_served import ServedFiles, check_options
+        from ldbfr.client import Options
+
+        usual = {**vars(PhotoOptions()), **{one.name: one.default for one in fields(self)}}
+        check_options({**vars(self.photos), **vars(self)}, usual)
+        jobs = plan_files(self.input, self.output, self.format, self.side_by_side)
+        options: Options = {
+            "mode": "aligned" if self.photos.faces == "none" else "photo",
+            "steps": self.steps,
+            "seed": self.seed,
+            "condition_scale": self.condition_scale,
+            "samples": self.samples,
+            "quality": self.quality,
+            "boxes": parse_boxes(self.box, self.photos.faces),
+        }
+        if self.photos.faces != "none":
+            options["strength"] = self.photos.strength
+        workers = 4 if self.workers is None else self.workers
+        check_range("--workers", workers, 1, 64, "4 is the default")
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # which tells of every request
+        with details_file(self.details) as details:
+            work = ServedFiles(server, options, self.format == "same", workers, self.overwrite, details)
             tally = work(jobs)
         print("\n".join(work.summary()))
         return 1 if tally.failed else 0

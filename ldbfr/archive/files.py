@@ -7,7 +7,6 @@ was, and a file that something else wrote is never overwritten unasked. Archives
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,33 +16,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from ldbfr import storage
+from ldbfr.archive.file_work import FileWork, Job, is_something_else, provenance_of
 from ldbfr.archive.naming import SIDE_BY_SIDE_FOLDER, OutputFormat, output_key
 from ldbfr.archive.settings import RestoreSettings
 from ldbfr.errors import ConfigError, InputError, StorageError
-from ldbfr.images import IMAGE_SUFFIXES, ImageFormat, fit_to_side, format_from_name
-from ldbfr.metadata import Metadata, decode_with_metadata, encode_with_metadata, read_provenance
+from ldbfr.images import IMAGE_SUFFIXES, fit_to_side, format_from_name
+from ldbfr.metadata import Metadata, decode_with_metadata, encode_with_metadata
 from ldbfr.photos.output import PhotoFile
 from ldbfr.photos.photo import Photo, decode_photo
 from ldbfr.photos.restorer import PhotoRestorer, PhotoResult
-from ldbfr.progress import Progress, Tally
+from ldbfr.progress import Tally
 
 if TYPE_CHECKING:
     from ldbfr.pipeline import LDBFRPipeline
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file, and where its result goes."""
-
-    source: Path
-    target: Path
-    side_by_side: Path | None = None
-
-    @property
-    def outputs(self) -> list[Path]:
-        """All files that are written."""
-        return [self.target, *([] if self.side_by_side is None else [self.side_by_side])]
 
 
 Done = tuple[Job, dict[str, Any], dict[Path, bytes]]
@@ -145,7 +130,7 @@ def _unreadable(error: OSError) -> None:
 
 
 @dataclass
-class FileRestorer:
+class FileRestorer(FileWork):
     """Restores files.
 
     Args:
@@ -176,27 +161,11 @@ class FileRestorer:
         Raises:
             StorageError: the output itself cannot be written.
         """
-        self.tally.planned = len(jobs)
-        self.progress = Progress(self.tally)
+        self.begin(jobs)
         work = self.photos(jobs) if self.restorer else self.faces(jobs)
         for job, about, files in work:
-            for target, content in files.items():
-                storage.write_bytes(str(target.absolute()), content)
-            self.tally.restored += 1
-            self.tell({"input": str(job.source), "output": str(job.target), "status": "restored", **about})
-            self.progress.update()
+            self.write(job, about, files)
         return self.tally
-
-    def summary(self) -> list[str]:
-        """What came of it, in lines."""
-        lines = [self.progress.summary()]
-        if self.num_unchanged:
-            lines.append(f"  {self.num_unchanged:,} of the restored had nothing to restore, and are as they were")
-        if self.tally.skipped:
-            lines.append(f"  {self.tally.skipped:,} were skipped: they are done already")
-        lines += self.tally.describe_failures()
-        shown, rest = self.notes[:NOTES_SHOWN], len(self.notes) - NOTES_SHOWN
-        return lines + [f"  {note}" for note in shown] + ([f"  … and {rest:,} more: see --details"] if rest > 0 else [])
 
     def read(self, job: Job) -> bytes | None:
         """The input's bytes; None if it cannot be read, or is done already."""
@@ -210,47 +179,24 @@ class FileRestorer:
             self.fail(job, str(error))
             return None
         if done:
-            self.tally.skipped += 1
-            self.tell({"input": str(job.source), "output": str(job.target), "status": "done already"})
-            self.progress.update()
+            self.skip(job)
         return None if done else data
 
     def is_done(self, job: Job, data: bytes) -> bool:
-        """Whether all of the result is there. A copy of the input is none: other settings may find faces in it.
+        """Whether all of the result is there.
 
         Raises:
             InputError: something else is there.
         """
-        if self.overwrite:
-            return False
-        there = [path for path in job.outputs if path.exists()]
+        there = self.there(job, data)
         for path in there:
-            if path == job.target and path.read_bytes() == data:
-                return False
             if provenance_of(path) != self.about(data):
-                raise InputError(f"{path} is there already, and is of other settings or another input; see --overwrite")
+                raise is_something_else(path)
         return len(there) == len(job.outputs)
 
     def about(self, data: bytes) -> dict[str, str | int]:
         """The provenance of a result."""
         return self.settings.provenance(self.pipeline.weights_digest, hashlib.sha256(data).hexdigest())
-
-    def fail(self, job: Job, reason: str) -> None:
-        """Count a file that failed."""
-        text = reason.removeprefix(f"{job.source}: ")
-        self.tally.fail(f"{job.source}: {text}")
-        self.tell({"input": str(job.source), "status": "failed", "reason": text})
-        self.progress.update()
-
-    def tell(self, line: dict[str, Any]) -> None:
-        """Add a line to the details."""
-        if self.details is not None:
-            self.details.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self.details.flush()
-
-    def format(self, job: Job) -> ImageFormat:
-        """Of a result."""
-        return format_from_name(job.target.name)
 
     # ---- photos ----
 
@@ -291,7 +237,7 @@ class FileRestorer:
             InputError: the format cannot hold it.
         """
         settings = self.settings
-        writer = PhotoFile(self.format(job), settings.quality, settings.keep_metadata, self.about(data))
+        writer = PhotoFile(job.format, settings.quality, settings.keep_metadata, self.about(data))
         files = {job.target: writer(result, data)}
         if job.side_by_side is not None:
             before = decode_photo(data, name=str(job.source)).shown
@@ -331,22 +277,11 @@ class FileRestorer:
                 wanted = {job.side_by_side: np.concatenate([face, image], axis=1), **wanted}
             files = {
                 path: encode_with_metadata(
-                    pixels, self.format(job), quality=self.settings.quality, metadata=kept, provenance=self.about(data)
+                    pixels, job.format, quality=self.settings.quality, metadata=kept, provenance=self.about(data)
                 )
                 for path, pixels in wanted.items()
             }
             yield job, {}, files
-
-
-def provenance_of(path: Path) -> dict[str, Any] | None:
-    """What a file says of where it comes from; None if it is no result of ours."""
-    try:
-        return read_provenance(path.read_bytes(), name=str(path))
-    except InputError:
-        return None
-
-
-NOTES_SHOWN = 20
 
 
 @contextmanager
