@@ -157,8 +157,8 @@ async def _receive(request: Request, most: int, seconds: float, sink: Callable[[
 async def _read_form(request: Request, settings: EndpointSettings, boundary: bytes) -> Upload:
     if not boundary:
         raise Problem("bad-request", f"Content-Type {FORM_TYPE} without a boundary; let the client library set it")
-    form = _Form(boundary)
     try:
+        form = _Form(boundary)
         await _receive(request, settings.max_body_bytes, settings.upload_seconds, form.parser.write)
         form.parser.finalize()
     except FormParserError as error:
