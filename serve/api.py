@@ -8,7 +8,6 @@ passed the limits. All errors are problem details (`serve.problems`).
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from serve.observability import Metrics, make_tracer, server_timing
 from serve.openapi import describe, event_response, restored_response, upload_operation
 from serve.page import STATIC, serve_page
 from serve.problems import Problem, documented, handle_problems
-from serve.protocol import Preview, RestorationOptions, Restored, Restorer
+from serve.protocol import DeadlineExceeded, Preview, RestorationOptions, Restored, Restorer
 from serve.requests import Requests
 from serve.settings import EndpointSettings
 from serve.uploads import Upload, parse_options, read_upload
@@ -81,6 +80,7 @@ def make_app(
         description="Restores faces in photos. Errors are problem details (RFC 9457).",
         docs_url=None,  # these pages would load scripts from other hosts
         redoc_url=None,
+        redirect_slashes=False,  # to wherever the Host header says
     )
     metrics, access, limits = Metrics(), Access(settings), Limits(settings.max_requests)
     app.include_router(Service(restorer, settings, access, limits, metrics, jobs is not None).routes())
@@ -228,8 +228,8 @@ class Service:
     async def readyz(self, request: Request) -> Response:
         """A request would be answered now."""
         try:
-            ready = await asyncio.wait_for(self.restorer.ready(), READY_SECONDS)
-        except TimeoutError:
+            ready = await call(request, self.restorer.ready(), time.monotonic() + READY_SECONDS)
+        except DeadlineExceeded:
             ready = False
         if not ready:
             raise Problem("not-ready", "the model is being loaded, or does not answer; ask again", {"Retry-After": "1"})

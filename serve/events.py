@@ -11,7 +11,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ldbfr.errors import LDBFRError
 from serve.calls import disconnected, dismiss, first
 from serve.problems import Problem
 from serve.protocol import DeadlineExceeded, Preview, Restored
@@ -105,7 +104,7 @@ class EventStream(Response):
             self.request.state.problem = problem.slug
             data = json.dumps(problem.details(self.request)).encode()
             await send({"type": "http.response.body", "body": format_event("error", data), "more_body": False})
-            if not isinstance(error, LDBFRError):
+            if problem.slug == "internal":
                 raise  # to the log
         else:
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -84,6 +84,7 @@ def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> None
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of bytes that a client sent
 
 
 def make_tracer() -> Tracer:

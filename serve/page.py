@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 STATIC = Path(__file__).parent / "static"
 
@@ -23,6 +24,21 @@ def serve_page(app: FastAPI, folder: Path = STATIC) -> None:
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request) -> Response:
+        ask_for_all(request.scope)
         return FileResponse(index, media_type="text/html; charset=utf-8")
 
-    app.mount("/static", StaticFiles(directory=folder), name="static")
+    app.mount("/static", PageFiles(directory=folder), name="static")
+
+
+class PageFiles(StaticFiles):
+    """Files of the page, always whole."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """A file, or problem not-found."""
+        ask_for_all(scope)
+        return await super().get_response(path, scope)
+
+
+def ask_for_all(scope: Scope) -> None:
+    """Forget the Range header, as a server may: Starlette would answer a malformed one in plain text."""
+    scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"range"]

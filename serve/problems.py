@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
@@ -154,7 +155,7 @@ class Problem(LDBFRError):
             "title": kind.title,
             "status": kind.status,
             "detail": self.detail,
-            "instance": request.url.path,
+            "instance": quote(request.scope["path"], safe="/:@!$&'()*+,;=~"),
             "request_id": getattr(request.state, "request_id", ""),
             **self.members,
         }
@@ -175,7 +176,9 @@ def handle_problems(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         problem = Problem.of(error)
         if isinstance(error, HTTPException) and error.status_code == 404:
-            problem = Problem("not-found", f"there is no {request.url.path[:256]!r} here; /openapi.json lists what is")
+            problem = Problem(
+                "not-found", f"there is no {request.scope['path'][:256]!r} here; /openapi.json lists what is"
+            )
         if isinstance(error, HTTPException) and error.status_code == 405:
             path = getattr(request.scope.get("route"), "path", "")
             # From the description: Starlette names the methods of one route, and a path may have several.
@@ -185,8 +188,15 @@ def handle_problems(app: FastAPI) -> None:
             problem = Problem("method-not-allowed", detail, {"Allow": allowed})
         return problem.response(request)
 
-    app.add_exception_handler(LDBFRError, answer)
-    app.add_exception_handler(HTTPException, answer)
+    for kind in (Problem, InputError, ConfigError, Overloaded, DeadlineExceeded, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+
+_HEADERS = {
+    401: ("WWW-Authenticate", "Bearer", "string"),
+    429: ("Retry-After", "seconds after which it is worth asking again", "integer"),
+    503: ("Retry-After", "seconds after which it is worth asking again", "integer"),
+}
 
 
 def documented(*slugs: Slug) -> dict[int | str, dict[str, Any]]:
@@ -201,6 +211,9 @@ def documented(*slugs: Slug) -> dict[int | str, dict[str, Any]]:
                 "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}, "examples": {}}},
             },
         )
+        if kind.status in _HEADERS:
+            name, description, type = _HEADERS[kind.status]
+            response["headers"] = {name: {"description": description, "schema": {"type": type}}}
         response["content"][MEDIA_TYPE]["examples"][slug] = {
             "value": {
                 "type": f"/problems/{slug}",

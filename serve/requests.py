@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -26,6 +27,9 @@ log = logging.getLogger("serve.requests")
 
 CLIENT_GONE = 499
 """What the log and the metrics say of a request whose client went away; nobody reads it."""
+
+SEND_SECONDS = 30.0
+"""In which a client must take the next part of an answer; one that does not read is as good as gone."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -141,10 +145,17 @@ class Exchange:
             if not message.get("more_body", False):
                 self.answered = True
                 if not self.body_is_read:
-                    await self._send({**message, "more_body": True})
+                    await self._pass_on({**message, "more_body": True})
                     await drain(self.receive)
                     message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await self._send(message)
+        await self._pass_on(message)
+
+    async def _pass_on(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None
 
 
 def request_id(given: str | None) -> str:

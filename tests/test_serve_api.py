@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import io
 import json
 import logging
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -246,11 +249,16 @@ def test_what_the_restorer_raises(start: Start, path: str, error: Exception, slu
     assert answer.headers.get("retry-after") == ("3" if slug == "overloaded" else None)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), StorageError("out of luck")])
+@pytest.mark.parametrize(
+    ("path", "after"), [("restorations", 0), ("restorations/stream", 0), ("restorations/stream", 2)]
+)
 def test_a_failure_that_nobody_foresaw_is_in_the_log_with_its_request(
-    start: Start, caplog: pytest.LogCaptureFixture
+    start: Start, path: str, after: int, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = start(FakeRestorer(error=RuntimeError("out of luck"))).post("/v1/restorations", content=picture())
+    answer = start(FakeRestorer(error=error, error_after=after)).post(f"/v1/{path}", content=picture())
 
+    wait_for(lambda: "request failed" in caplog.text)
     (record,) = [record for record in caplog.records if record.message == "request failed"]
     assert record.request_id == answer.headers["x-request-id"]  # type: ignore[attr-defined]
     assert "out of luck" in JsonFormatter().format(record)
@@ -355,6 +363,26 @@ def test_a_stream_that_ends_without_a_result_is_an_error(start: Start) -> None:
 # ------------------------------------------------------------------------------------------------------- the service
 
 
+def test_paths_are_taken_as_they_are(client: httpx.Client) -> None:
+    for path in ("/v1/jobs/", "/v1/", "/static", "//v1/jobs", "/v1/r%C3%A9storations", "/v1/%00"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found"), path
+        assert answer.json()["instance"].isascii()
+
+
+def test_it_is_not_ready_when_the_restorer_does_not_say(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(FakeRestorer):
+        async def ready(self) -> bool:
+            await self._work(None, 1)
+            return True
+
+    monkeypatch.setattr("serve.api.READY_SECONDS", 0.1)
+    restorer = Silent(seconds=1e3, stubborn=True)
+
+    check_problem(start(restorer).get("/readyz"), "not-ready", 503)
+    restorer.release.set()
+
+
 def test_what_the_service_says_of_itself(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}
@@ -456,6 +484,31 @@ def test_spans_carry_the_route_and_continue_the_clients_trace() -> None:
     assert (span.attributes or {})["http.response.status_code"] == 200
 
 
+def test_traces_are_sent_to_a_collector(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = queue.Queue[tuple[str, bytes]]()
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.put((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+        start(otlp=True).post("/v1/restorations", content=picture())
+        path, body = received.get(timeout=PATIENCE)
+        collector.shutdown()
+
+    assert path == "/v1/traces"
+    assert b"POST /v1/restorations" in body
+    assert b"ldbfr.model_seconds" in body
+
+
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
 
@@ -526,6 +579,8 @@ def test_the_page_and_its_files_and_nothing_beside_them(start: Start, tmp_path: 
     for path in ("/static/../secret.txt", "/static/%2e%2e/secret.txt", "/static/..%2fsecret.txt", "/static/link.txt"):
         check_problem_status(client.get(path), 404)
     check_problem_status(client.get("/static/%00"), 404)
+    for path, expected in (("/", page), ("/static/app.js", script)):
+        assert client.get(path, headers={"Range": "bytes=x-"}).content == expected.content
     assert client.get("/", headers={"If-None-Match": page.headers["etag"]}).status_code in (200, 304)
 
 
