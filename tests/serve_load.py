@@ -1,178 +1,109 @@
-"""What tests of the endpoint share: a restorer without a model, an image to send, the application on a real port.
-
-    with running(make_app(FakeRestorer(), EndpointSettings())) as url:
-        httpx2.post(f"{url}/v1/restorations", content=picture())
-
-Without API keys the application answers to names of this machine only, so an in-process test client needs the base URL
-http://127.0.0.1.
-"""
+"""What tests of the endpoint on Ray share: requests over HTTP without a client library, and a load of them."""
 
 from __future__ import annotations
 
-import asyncio
-import io
-import socket
+import http.client
+import json
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlencode
 
-import uvicorn
-from PIL import Image, ImageOps
-
-from ldbfr.images import ImageFormat, decode_image, encode_image, format_of_data
-from serve.jobs_protocol import JobNotFound, JobRequest, JobStatus
-from serve.protocol import Found, ModelInfo, Preview, RestorationOptions, Restored
-from tests.serve_load import Answer, Client, replicas  # noqa: F401  # what tests on Ray share has a file of its own
-
-DIGEST = "d" * 64
-FACE = {"box": [8.0, 6.0, 16.0, 20.0], "landmarks": [[12.0, 14.0]], "score": 0.97, "outcome": "restored"}
-LEFT_ALONE = {"box": [40.0, 4.0, 5.0, 6.0], "score": 0.9, "outcome": "left", "reason": "smaller than 16 px: it has 6"}
-START_SECONDS = 20
+import psutil
 
 
-def picture(width: int = 64, height: int = 48, format: ImageFormat = "png") -> bytes:
-    """An image file with some colours in it."""
-    image = Image.linear_gradient("L").resize((width, height))
-    file = io.BytesIO()
-    Image.merge("RGB", (image, ImageOps.mirror(image), ImageOps.flip(image))).save(file, format.upper())
-    return file.getvalue()
+@dataclass(frozen=True)
+class Answer:
+    """What came back. `status` 0: the connection broke."""
 
-
-@dataclass
-class FakeRestorer:
-    """Inverts colours, as fast or as slowly as a test wants it.
-
-    Args:
-        seconds: that a restoration takes, spread over its steps.
-        error: raised instead of a result.
-        error_after: steps of a stream before the error.
-        is_ready: what `ready` says.
-        stubborn: whether it ignores its cancellation, and its deadline, until `release` is set.
-    """
-
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
     seconds: float = 0.0
-    error: Exception | None = None
-    error_after: int = 0
-    is_ready: bool = True
-    stubborn: bool = False
-    steps: int = 4
-    started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    """Released by each call, so that a test knows when one has begun."""
-    cancelled: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    """Released by each call that is cancelled."""
-    release: threading.Event = field(default_factory=threading.Event)
-    calls: list[RestorationOptions | None] = field(default_factory=list)
+    started: float = 0.0
 
-    async def ready(self) -> bool:
-        """As told."""
-        return self.is_ready
+    @property
+    def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(self.body)
 
-    async def info(self) -> ModelInfo:
-        """Of a model that does not exist."""
-        return ModelInfo("fake_64", 64, "ffhq", DIGEST, {"steps": self.steps, "condition_scale": 1.0}, "Apache-2.0")
 
-    async def find(self, data: bytes, deadline: float) -> Found:
-        """One face that would be restored, and one that would not."""
-        await self._work(None, 1)
-        pixels = decode_image(data, name="the upload")
-        return Found(pixels.shape[1], pixels.shape[0], [FACE, LEFT_ALONE])
+@dataclass(frozen=True)
+class Client:
+    """Speaks to an endpoint on this machine."""
 
-    async def restore(self, data: bytes, options: RestorationOptions, deadline: float) -> Restored:
-        """The inverted image."""
-        if self.error is not None:
-            raise self.error
-        await self._work(options, 1)
-        return self._result(data, options)
+    port: int
 
-    async def stream(
-        self, data: bytes, options: RestorationOptions, deadline: float
-    ) -> AsyncIterator[Preview | Restored]:
-        """A preview of the first stage and of each step, then the inverted image."""
-        steps = self.steps if options.steps is None else options.steps
-        for step in range(steps + 1):
-            if self.error is not None and step >= self.error_after:
-                raise self.error
-            await self._work(options if step == 0 else None, steps + 1)
-            yield Preview(step, steps, picture(16, 16, "jpeg"))
-        yield self._result(data, options)
-
-    async def _work(self, options: RestorationOptions | None, parts: int) -> None:
-        self.calls.append(options)
-        self.started.release()
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+        """One request on a connection of its own."""
+        started = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            await asyncio.sleep(self.seconds / parts)
-        except asyncio.CancelledError:
-            self.cancelled.release()
-            while self.stubborn and not self.release.is_set():  # as a call does that never looks up
-                await asyncio.sleep(0.01)
-            raise
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            return Answer(0, {}, repr(error).encode(), time.monotonic() - started, started)
+        finally:
+            connection.close()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, names, content, time.monotonic() - started, started)
 
-    def _result(self, data: bytes, options: RestorationOptions) -> Restored:
-        pixels = 255 - decode_image(data, name="the upload")
-        format = options.format or format_of_data(data) or "png"
-        image = encode_image(pixels, format, quality=options.quality)
-        several = options.samples > 1
-        return Restored(
-            image,
-            format,
-            pixels.shape[1],
-            pixels.shape[0],
-            options.seed,
-            DIGEST,
-            faces=[FACE, LEFT_ALONE] if options.mode == "photo" else [],
-            samples=[image] * options.samples if several else [],
-            uncertainty=encode_image(pixels, "png") if several else None,
-            timings=dict.fromkeys(("decode", "detect", "queue", "model", "paste", "encode"), 0.001),
-        )
+    def restore(self, image: bytes, path: str = "/v1/restorations", **options: Any) -> Answer:
+        """Restore an image."""
+        query = urlencode(options, doseq=True)
+        return self.ask("POST", f"{path}?{query}", image, {"Content-Type": "application/octet-stream"})
 
+    def wait_ready(self, seconds: float = 60) -> None:
+        """Until it says that it is ready."""
+        wait_for(lambda: self.ask("GET", "/readyz").status == 200, seconds)
 
-class FakeJobs:
-    """Jobs that never run: they stay as they are until they are cancelled."""
+    @contextmanager
+    def load(self, images: Sequence[bytes], clients: int, **options: Any) -> Iterator[list[Answer]]:
+        """So many clients who ask again as soon as they are answered, as long as the context lasts; all answers."""
+        answers: list[Answer] = []
+        stop = threading.Event()
 
-    def __init__(self) -> None:
-        self.statuses: dict[str, JobStatus] = {}
+        def client(number: int) -> None:
+            count = 0
+            while not stop.is_set():
+                answer = self.restore(images[(number + count) % len(images)], **options)
+                answers.append(answer)
+                count += 1
+                if answer.status == 503:
+                    stop.wait(0.2)
 
-    async def submit(self, request: JobRequest) -> JobStatus:
-        """A pending job."""
-        id = f"restore-{len(self.statuses)}"
-        self.statuses[id] = JobStatus(id=id, status="pending", input=request.input, output=request.output)
-        return self.statuses[id]
-
-    async def get(self, id: str) -> JobStatus:
-        """As it is."""
-        if id not in self.statuses:
-            raise JobNotFound(f"there is no job {id!r}; GET /v1/jobs lists them")
-        return self.statuses[id]
-
-    async def list(self) -> list[JobStatus]:
-        """The newest first."""
-        return list(self.statuses.values())[::-1]
-
-    async def cancel(self, id: str) -> JobStatus:
-        """A cancelled job."""
-        self.statuses[id] = (await self.get(id)).model_copy(update={"status": "cancelled"})
-        return self.statuses[id]
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield answers
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
 
 
-@contextmanager
-def running(app: Any, **options: Any) -> Iterator[str]:
-    """The application on uvicorn, in a thread, at a free port of 127.0.0.1; its URL."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2, **options)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        until = time.monotonic() + START_SECONDS
-        while not server.started:
-            if time.monotonic() > until or not thread.is_alive():
-                raise RuntimeError(f"uvicorn did not start within {START_SECONDS} s")
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(START_SECONDS)
-        listener.close()
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so after {seconds:g} s"
+        time.sleep(0.05)
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment's replicas, of the cluster that this process started."""
+    found = []
+    for process in psutil.Process(os.getpid()).children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if title.startswith("ray::ServeReplica") and f":{deployment}" in title:
+            found.append(process)
+    return found
