@@ -53,7 +53,7 @@ def main(wanted: Samples) -> None:
 
 
 def bust(portrait: Portrait, eyes: float) -> Pixels:
-    """Head and shoulders, 5.6 eye distances wide and 6.6 high, degraded at the size at which the eyes are so far apart."""
+    """Head and shoulders, 5.6 by 6.6 eye distances, degraded at the size at which the eyes are so far apart."""
     (left, top), (right, bottom) = portrait.eyes
     distance = math.dist(*portrait.eyes)
     width, height = round(5.6 * distance), round(6.6 * distance)

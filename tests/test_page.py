@@ -35,12 +35,12 @@ LISTEN = """() => {
 }"""
 
 
-def labels(film: Locator) -> list[str]:
-    return film.locator("button").evaluate_all("all => all.map(one => one.getAttribute('aria-label'))")
+def labels(parent: Locator) -> list[str | None]:
+    return [button.get_attribute("aria-label") for button in parent.locator("button").all()]
 
 
 def pressed(buttons: Locator) -> list[bool]:
-    return buttons.evaluate_all("all => all.map(one => one.getAttribute('aria-pressed') === 'true')")
+    return [button.get_attribute("aria-pressed") == "true" for button in buttons.all()]
 
 
 def screenshot(where: Locator) -> Pixels:
@@ -82,6 +82,21 @@ def test_a_sample_is_restored_in_its_own_mode(page: Page, number: int, mode: str
         assert page.locator(f"[name=mode][value={mode}]").is_checked()
         assert view.at("faces").is_visible() == (mode == "photo")
         assert (view.complaints, view.foreign) == ([], [])
+
+
+def test_a_samples_mode_is_not_that_of_the_next_photo(page: Page) -> None:
+    with opened(page) as view:
+        page.locator(".sample").nth(2).click()
+        view.restored()
+        view.choose()
+        page.get_by_role("heading", name="grandma.png").wait_for()
+        view.restored()
+        assert view.sent() == [{"mode": "aligned"}, {}]
+        page.get_by_label("Aligned face", exact=True).check()
+        view.choose(name="mine.png")
+        page.get_by_role("heading", name="mine.png").wait_for()
+        view.restored()
+        assert view.sent()[-1] == {"mode": "aligned"}
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
@@ -229,8 +244,10 @@ def test_samples_show_where_the_result_is_uncertain(page: Page) -> None:
         assert view.sent()[-1] == {"mode": "aligned", "samples": 3}
         assert labels(view.at("film"))[-3:] == ["Result", "Sample 2", "Sample 3"]
         assert not view.at("uncertainty").is_visible()
+        assert not view.at("legend").is_visible()
         view.at("show-uncertainty").click()
         assert view.at("uncertainty").is_visible()
+        assert view.at("legend").is_visible()
         drawn = "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data"
         alphas = np.array(view.at("uncertainty").evaluate(f"canvas => Array.from(({drawn})(canvas))"))[3::4]
         assert alphas.max() == 255
@@ -247,7 +264,7 @@ def test_every_found_face_has_a_box_where_it_is(page: Page) -> None:
         view.choose()
         view.restored()
         boxes = view.at("faces").get_by_role("button")
-        assert labels(view.at("faces").locator("xpath=.")) == [
+        assert labels(view.at("faces")) == [
             "Face 1 of 2, 20 px",
             "Face 2 of 2, 6 px; smaller than 16 px: it has 6",
         ]

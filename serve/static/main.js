@@ -87,7 +87,7 @@ function open(taken, mode) {
   faces.clear();
   compare.open(photo);
   clearExtras();
-  if (mode) settings.mode = mode;
+  settings.mode = mode ?? settings.picked ?? "photo";
   at("photo-name").textContent = photo.name;
   at("photo-size").textContent = `${photo.width.toLocaleString("en")} × ${photo.height.toLocaleString("en")} px`;
   at("start").hidden = true;
@@ -95,6 +95,7 @@ function open(taken, mode) {
   document.body.classList.add("working");
   tell("");
   at("photo-name").focus();
+  update();
   restore();
 }
 
@@ -106,7 +107,7 @@ async function find() {
   const wait = (_, seconds) => countdown(seconds, () => {}, signal);
   try {
     const found = await persist(search, wait, signal);
-    if (!signal.aborted) showFaces(found);
+    if (!signal.aborted && !hasFaces) showFaces(found); // else the result was faster, and knows them too
   } catch (error) {
     if (!signal.aborted && !(error instanceof Problem)) throw error; // the restoration meets the same and shows it
   }
@@ -264,7 +265,7 @@ function update() {
 }
 
 function clearExtras() {
-  for (const id of ["show-uncertainty", "uncertainty", "notes"]) at(id).hidden = true;
+  for (const id of ["show-uncertainty", "uncertainty", "legend", "notes"]) at(id).hidden = true;
   at("show-uncertainty").setAttribute("aria-pressed", "false");
 }
 
@@ -321,6 +322,8 @@ at("as-aligned").addEventListener("click", () => {
   restore();
 });
 toggle(at("show-faces"), update);
-toggle(at("show-uncertainty"), (isPressed) => (at("uncertainty").hidden = !isPressed));
+toggle(at("show-uncertainty"), (isPressed) => {
+  at("uncertainty").hidden = at("legend").hidden = !isPressed;
+});
 takeFiles(take, fail);
 const meeting = meetServer();

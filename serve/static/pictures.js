@@ -72,7 +72,7 @@ export async function drawMap(canvas, url) {
   let largest = LEAST_SPREAD;
   for (let at = 0; at < data.length; at += 4) largest = Math.max(largest, data[at]);
   for (let at = 0; at < data.length; at += 4) {
-    data[at + 3] = (data[at] / largest) * 255;
+    data[at + 3] = (data[at] / largest) ** 1.5 * 255;
     data.set(HEAT, at);
   }
   context.putImageData(pixels, 0, 0);

@@ -7,18 +7,21 @@ export class Settings {
   #form;
   #defaults = DEFAULTS;
   #touched = new Set();
+  picked; // the mode that the user chose, if any; samples bring one of their own
 
   /** `changed()` runs after every change. */
   constructor(form, changed) {
     this.#form = form;
     this.#write();
     form.addEventListener("input", (event) => {
-      this.#touched.add(event.target.id);
+      if (event.target.name === "mode") this.picked = this.mode;
+      else this.#touched.add(event.target.id);
       this.#label();
       changed();
     });
     this.#field("another-seed").addEventListener("click", () => {
       this.#field("seed").value = Math.floor(Math.random() * SEEDS);
+      this.#touched.add("seed");
       changed();
     });
   }
