@@ -292,7 +292,6 @@ def test_a_click_or_a_key_decides_which_faces_are_restored(page: Page) -> None:
         view.at("restore").click()
         view.restored()
         assert view.sent()[-1] == {"boxes": (tuple(LEFT_ALONE["box"]),)}
-        page.keyboard.press("Escape")
         boxes.nth(1).click()
         assert view.at("restore").is_disabled()
         assert view.at("stale").inner_text() == "Choose at least one face."

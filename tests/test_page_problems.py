@@ -63,6 +63,16 @@ def test_a_bad_file_leaves_the_result_before_it_alone(page: Page) -> None:
         assert view.at("download").is_visible()
 
 
+def test_a_bad_file_does_not_stop_what_goes_on(page: Page) -> None:
+    with opened(page, FakeRestorer(seconds=3)) as view:
+        view.choose()
+        view.at("film").locator("button").first.wait_for()
+        view.choose(NOT_AN_IMAGE, "holidays.txt", "text/plain")
+        assert "holidays.txt" in view.problem()
+        view.restored()
+        assert len(view.sent()) == 1
+
+
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize(
     ("error", "expected"),

@@ -11,7 +11,7 @@ export class KeyField {
   /** Give `api` the tab's key; `changed()` runs when another is given or this one forgotten. */
   constructor(api, changed) {
     this.#api = api;
-    api.key = sessionStorage.getItem(NAME) ?? "";
+    api.key = kept();
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#set(this.#field.value.trim());
@@ -40,8 +40,26 @@ export class KeyField {
 
   #set(key) {
     this.#api.key = key;
+    keep(key);
+    this.show(true);
+  }
+}
+
+// A browser that blocks storage throws; the key then lasts as long as the page.
+
+function kept() {
+  try {
+    return sessionStorage.getItem(NAME) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+function keep(key) {
+  try {
     if (key) sessionStorage.setItem(NAME, key);
     else sessionStorage.removeItem(NAME);
-    this.show(true);
+  } catch {
+    // see above
   }
 }

@@ -56,15 +56,15 @@ async function meetModel() {
 
 function keyChanged() {
   at("problem").hidden = true;
+  if (!api.key) return;
   meetModel();
-  if (photo && api.key && !run) restore();
+  if (photo && !run) restore();
 }
 
 // ---- a photo ----
 
 async function take(file, mode) {
   const mine = ++turn;
-  run?.abort();
   at("problem").hidden = true;
   try {
     await meeting;
@@ -78,6 +78,7 @@ async function take(file, mode) {
 }
 
 function open(taken, mode) {
+  run?.abort();
   looking?.abort();
   if (photo) URL.revokeObjectURL(photo.url);
   photo = taken;
@@ -140,7 +141,10 @@ async function restore() {
   try {
     await persist(attempt, wait, mine.signal);
   } catch (error) {
-    if (!mine.signal.aborted) fail(error);
+    if (!mine.signal.aborted) {
+      tell("Not restored");
+      fail(error);
+    }
   }
   if (run !== mine) return;
   run = null;
@@ -275,7 +279,6 @@ function fail(error) {
   if (asksForKey && api.key) error.kind = "refused";
   const acts = { again: restore, choose: () => at("file").click() };
   showProblem(at("problem"), error, limits, (action) => acts[action]());
-  if (photo) tell(run ? "Not restored" : at("state").textContent);
   if (asksForKey) key.ask();
   bringIntoView(at("problem"));
 }
