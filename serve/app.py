@@ -26,6 +26,7 @@ from ldbfr.errors import ConfigError
 from ldbfr.images import ImageLimits
 from serve.api import make_app
 from serve.deployment import DeploymentSettings
+from serve.jobs import RayJobs
 from serve.replicas import RETRY_SECONDS, FaceModelReplica, RayFaceModel
 from serve.restoring import PhotoService
 from serve.settings import is_loopback
@@ -62,10 +63,25 @@ class Endpoint:
             threads=settings.photo_threads,
             most_waiting=settings.max_requests,
         )
+        self.jobs = RayJobs.of_replica(job_options(settings)) if settings.job_buckets else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once the replica is there. Its proxy adds X-Request-Id by itself."""
-        return make_app(self.service, self.settings, jobs=None, echo_request_id=False)
+        """Called by Serve, in its event loop. Its proxy adds X-Request-Id by itself."""
+        self.service.start()
+        return make_app(self.service, self.settings, self.jobs, echo_request_id=False)
+
+    async def __del__(self) -> None:
+        """Called by Serve at the end, once the requests under way are answered."""
+        if hasattr(self, "jobs"):
+            await self.service.close()
+            if self.jobs is not None:
+                self.jobs.close()
+
+
+def job_options(settings: DeploymentSettings) -> tuple[str, ...]:
+    """Of jobs/restore.py, for every archive job: the endpoint's own weights."""
+    workers = () if settings.job_workers is None else ("--workers", settings.job_workers)
+    return ("--weights", settings.weights, *workers)
 
 
 def proxy_host() -> str:

@@ -35,6 +35,9 @@ class DeploymentSettings(EndpointSettings):
     gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs of a model replica; 0.5 puts two on one")
     upscale_delay_seconds: NonNegativeFloat = Field(10.0, description="of more work before there is a replica more")
     downscale_delay_seconds: NonNegativeFloat = Field(300.0, description="of less work before there is one less")
+    job_workers: str | None = Field(
+        None, pattern=r"^[0-9]+(:[0-9]+)?$", description="copies of the model of an archive job: a number, or MIN:MAX"
+    )
     health_check_seconds: PositiveFloat = Field(10.0, description="between two checks of a replica")
 
     @property

@@ -18,7 +18,6 @@ from ray.util.metrics import Histogram
 
 from ldbfr.errors import LDBFRError
 from serve.deployment import DeploymentSettings
-from serve.model import LocalFaceModel
 from serve.parts import until
 from serve.protocol import DeadlineExceeded, FaceJob, FacePreview, FaceResult, ModelInfo, Overloaded
 
@@ -62,6 +61,8 @@ class FaceModelReplica:
     """
 
     def __init__(self, settings: DeploymentSettings) -> None:
+        from serve.model import LocalFaceModel  # torch takes memory and time, which the ingress can do without
+
         self.period = settings.health_check_seconds
         self.model = LocalFaceModel.load(
             settings.weights,

@@ -118,7 +118,12 @@ class PhotoService:
         self._detector = detector if callable(detector) else None
         self._detector_file = None if callable(detector) else detector
         self._looking, self._looked = asyncio.Lock(), float("-inf")
+        self._starting: asyncio.Task[None] | None = None  # the event loop itself keeps no strong reference
         self._info: ModelInfo | None = None
+
+    def start(self) -> None:
+        """Look for the detector already, in the background: a download takes a while, and a log should tell early."""
+        self._starting = asyncio.get_running_loop().create_task(self._look_for_detector())
 
     # ---- Restorer ----
 
@@ -191,6 +196,8 @@ class PhotoService:
 
     async def close(self) -> None:
         """Begin nothing further."""
+        if self._starting is not None:
+            self._starting.cancel()
         self.threads.close()
         self.finding.close()
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import yaml
@@ -107,6 +108,7 @@ def alone(weights: Path, image: bytes, **options: Any) -> Restored:
         ({"cpus_per_replica": "inf"}, "cpus_per_replica inf: expected a finite number"),
         ({"ongoing_per_replica": 4}, "ongoing_per_replica 4 is below batch_faces 16"),
         ({"host": "0.0.0.0"}, "keys_file"),
+        ({"job_workers": "all"}, "job_workers 'all'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_start(args: dict[str, Any], text: str) -> None:
@@ -157,6 +159,13 @@ def test_one_replica_has_all_cores_and_several_share_them() -> None:
     assert DeploymentSettings(threads=5).torch_threads == 5
 
 
+def test_archive_jobs_take_the_endpoints_weights() -> None:
+    from serve.app import job_options
+
+    assert job_options(DeploymentSettings(weights="/w")) == ("--weights", "/w")
+    assert job_options(DeploymentSettings(weights="/w", job_workers="1:4")) == ("--weights", "/w", "--workers", "1:4")
+
+
 def test_a_deadline_means_the_same_elsewhere() -> None:
     due = Due.of(time.monotonic() + 10)
     assert due.here() == pytest.approx(time.monotonic() + 10, abs=0.1)
@@ -179,6 +188,15 @@ def test_the_same_bytes_as_without_ray(endpoint: Client, weights: Path) -> None:
         assert answer.headers["content-type"] == f"image/{expected.format}"
         assert {part.split(";")[0].strip() for part in answer.headers["server-timing"].split(",")} >= {"queue", "model"}
         assert len(answer.headers["x-request-id"].split(",")) == 1
+
+
+@ray_test
+def test_the_ingress_does_without_torch(endpoint: Client) -> None:
+    """Which would take a gigabyte of each."""
+    (ingress,) = replicas("Endpoint")
+    (model,) = replicas("FaceModel")
+    has_torch = [any("libtorch" in area.path for area in one.memory_maps()) for one in (ingress, model)]
+    assert has_torch == [False, True]
 
 
 @ray_test
@@ -246,6 +264,23 @@ def test_a_killed_replica_costs_no_answer(endpoint: Client) -> None:
         wait_for(lambda: sum(a.status == 200 and a.started > killed + 0.5 for a in list(answers)) > 10, 120)
     check_answers(answers)
     assert [process.pid for process in replicas("FaceModel")] != [replica.pid]
+
+
+@ray_test
+@pytest.mark.timeout(180)
+def test_a_client_that_goes_away_frees_the_model(endpoint: Client) -> None:
+    """The next request does not wait for what nobody reads any more."""
+    long = {"mode": "aligned", "steps": 50, "samples": 8}
+    whole = endpoint.restore(IMAGES[0], **long)
+    assert whole.status == 200
+    with socket.create_connection(("127.0.0.1", endpoint.port)) as connection:
+        lines = [f"POST /v1/restorations?{urlencode(long)} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: image/png"]
+        head = "\r\n".join([*lines, f"Content-Length: {len(IMAGES[0])}", "", ""]).encode()
+        connection.sendall(head + IMAGES[0])
+        time.sleep(whole.seconds / 10)
+    started = time.monotonic()
+    assert endpoint.restore(IMAGES[1], mode="aligned", steps=1).status == 200
+    assert time.monotonic() - started < 0.6 * whole.seconds
 
 
 # ---- redeploys and whole commands, which take minutes ----

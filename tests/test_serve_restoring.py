@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ldbfr.cli import main
-from ldbfr.errors import ConfigError, InputError
+from ldbfr.errors import ConfigError, InputError, WeightsError
 from ldbfr.evaluation.metrics import IdentityModel
 from ldbfr.faces import DETECTOR_FILE
 from ldbfr.faces.face import Face
@@ -313,7 +313,6 @@ def test_an_upload_that_is_no_image() -> None:
 
 
 def test_without_a_detector_aligned_faces_are_restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And it is found as soon as it is there, without a restart."""
     monkeypatch.setenv(DETECTOR_FILE.variable, str(tmp_path / "missing.onnx"))
 
     async def tried() -> None:
@@ -326,6 +325,34 @@ def test_without_a_detector_aligned_faces_are_restored(monkeypatch: pytest.Monke
         aligned = RestorationOptions(mode="aligned", steps=1)
         assert (await service.restore(photo(), aligned, soon())).width == tiny.SIDE
 
+    run(tried())
+
+
+def test_the_detector_is_looked_for_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its file may be missing then, and come later: it is looked for again, but not at every request."""
+    monkeypatch.setenv(DETECTOR_FILE.variable, str(tmp_path / "missing.onnx"))
+    looked = []
+
+    def load(service: PhotoService) -> None:
+        looked.append(service)
+        if len(looked) == 1:
+            raise WeightsError("not there yet")
+        service._detector = found
+
+    async def tried() -> None:
+        service = PhotoService(local())
+        service.start()
+        for _ in range(3):
+            with pytest.raises(ConfigError, match="ask for mode aligned"):
+                await service.find(photo(), soon())
+        assert len(looked) == 1
+        monkeypatch.setattr("serve.restoring.LOOK_AGAIN_SECONDS", 0.0)
+        results = await asyncio.gather(*(service.find(photo(), soon()) for _ in range(3)))
+        assert len(looked) == 2
+        assert all(len(result.faces) == 2 for result in results)
+        await service.close()
+
+    monkeypatch.setattr(PhotoService, "load_detector", load)
     run(tried())
 
 
