@@ -311,9 +311,9 @@ def test_nobody_listens(new: New, clock: Clock) -> None:
 
 def test_a_server_that_gives_no_answer(new: New) -> None:
     started = time.monotonic()
-    with serving(lambda handler: time.sleep(3)) as server, pytest.raises(UnreachableError, match="no answer in time"):
+    with serving(lambda handler: time.sleep(10)) as server, pytest.raises(UnreachableError, match="no answer in time"):
         new(server.url, timeout=0.3, max_retries=0).restore(PNG)
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 5
 
 
 def test_a_server_that_trickles_is_left_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +321,7 @@ def test_a_server_that_trickles_is_left_at_the_deadline(monkeypatch: pytest.Monk
         handler.send_response(200)
         handler.send_header("Content-Length", "1000")
         handler.end_headers()
-        for _ in range(60):
+        for _ in range(200):
             handler.wfile.write(b" ")
             time.sleep(0.05)
 
@@ -329,7 +329,7 @@ def test_a_server_that_trickles_is_left_at_the_deadline(monkeypatch: pytest.Monk
         started = time.monotonic()
         with pytest.raises(UnreachableError, match=r"did not finish its answer within 0\.4 s"):
             client.restore(PNG)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 5
 
 
 @given(
