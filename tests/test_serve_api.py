@@ -332,7 +332,7 @@ def test_the_deadline_ends_a_stream(start: Start) -> None:
                 await self._work(None, 1)
 
     restorer = Slower(seconds=1e3)
-    answer = start(restorer, deadline_seconds=1).post("/v1/restorations/stream", content=picture())
+    answer = start(restorer, deadline_seconds=2).post("/v1/restorations/stream", content=picture())
 
     assert [name for name, _ in events_of(answer.text)] == ["preview", "error"]
     assert events_of(answer.text)[-1][1]["type"] == "/problems/deadline"

@@ -500,7 +500,7 @@ def test_a_client_that_sends_a_byte_at_a_time_is_told_and_cut_off(start: Start, 
     assert problem["type"] == "/problems/timeout"
     assert "not complete after 0.5 s" in problem["detail"]
     assert not restorer.calls
-    assert client.post("/v1/restorations", content=picture()).status_code == 200  # the only place is free again
+    wait_for(lambda: client.post("/v1/restorations", content=picture()).status_code == 200)  # the only place is free
 
 
 @pytest.mark.parametrize("with_length", [True, False])
