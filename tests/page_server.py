@@ -18,6 +18,7 @@ from tests.serving import FakeRestorer, picture, running
 if TYPE_CHECKING:
     from playwright.sync_api import FilePayload, Locator, Page
 
+PATIENCE = 30_000  # ms: for what takes milliseconds, unless the machine is busy with something else
 WIDE, HIGH = 64, 48
 """Of the photo that is sent: it has the faces that the fake restorer finds in every photo."""
 
@@ -54,13 +55,13 @@ class Opened:
         """Wait for a result."""
         from playwright.sync_api import expect
 
-        expect(self.at("state")).to_have_text(re.compile("^Restored in"))
+        expect(self.at("state")).to_have_text(re.compile("^Restored in"), timeout=PATIENCE)
 
     def shows(self, width: int) -> None:
         """Wait until the picture on the restored side is so many px wide."""
         from playwright.sync_api import expect
 
-        expect(self.at("after")).to_have_js_property("naturalWidth", width)
+        expect(self.at("after")).to_have_js_property("naturalWidth", width, timeout=PATIENCE)
 
     def sent(self) -> list[dict[str, Any]]:
         """The options of all restorations, without what is None or the default."""
