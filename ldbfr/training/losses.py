@@ -32,7 +32,8 @@ def energy_difference(images: Tensor, target: Tensor, window: int = 8) -> Tensor
 
     Our own, for sharpness without a discriminator: it asks for as much detail as the target has, not for the same.
     """
-    return F.l1_loss(*(F.avg_pool2d(laplacian(each).abs(), window) for each in (images, target)))
+    own, wanted = (F.avg_pool2d(laplacian(each).abs(), window) for each in (images, target))
+    return F.l1_loss(own, wanted)
 
 
 def laplacian(images: Tensor) -> Tensor:
