@@ -226,6 +226,7 @@ sys.exit(1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
 def test_jobs_on_a_real_job_server(head: submitting.Head, tmp_path: Path) -> None:
