@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from jobs.demo import PORTRAITS
+from ldbfr.config import DEFAULT_WEIGHTS
 from ldbfr.images import Pixels, decode_image, encode_image, resize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ HEIGHT = 560
 class Picture:
     """What is drawn."""
 
-    weights: str = "faces_64"
+    weights: str = DEFAULT_WEIGHTS
     """Which model."""
     eyes: float = 14
     """Their distance in the degraded photos, in px: it decides how bad they are."""

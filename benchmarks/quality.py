@@ -6,8 +6,8 @@
 LQ inputs are equation (7) draws by seed. Identity is the distance of dlib's embeddings, landmarks the mean distance of
 its 68 points in px, both on 128 px versions of the faces (extra `identity`); "frechet" is the Fréchet distance of the
 embeddings of all images to those of the originals. Sharpness is the mean absolute Laplacian as a share of the
-original's. Intervals are bootstrap 95 % of the mean. `--check` holds the figures against the bars of the reference
-weights, and the exit code is 1 where one is missed.
+original's. Intervals are bootstrap 95 % of the mean. Groups by skin tone go by the colour of the cheeks. `--check`
+holds the figures against the bars of the reference weights, and the exit code is 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.machine import machine
 from ldbfr.data.index import FaceImages
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.evaluation.frechet import frechet_distance
-from ldbfr.evaluation.metrics import IdentityModel, psnr, sharpness
+from ldbfr.evaluation.metrics import IDENTITY_SIDE, IdentityModel, psnr, sharpness
 from ldbfr.images import Pixels
 from ldbfr.pipeline import LDBFRPipeline
 
@@ -96,6 +96,35 @@ def measure(task: tuple[Pixels, Pixels, Portrait | None]) -> tuple[list[float], 
 
 
 NAMES = ("psnr", "sharpness", "identity", "landmarks")
+TONES = (("light", 28.0, 90.0), ("tan", 10.0, 28.0), ("dark", -90.0, 10.0))
+"""Groups by the individual typology angle in degrees: bounds of Del Bino and Bernerd 2013, six classes in three."""
+
+
+def tone_angle(image: Pixels, seen: Portrait) -> float:
+    """The individual typology angle arctan((L* - 50) / b*) of the cheeks, in degrees; higher is lighter.
+
+    Of a photo it is as much the light as the skin: good for groups, not for a person.
+    """
+    from skimage.color import rgb2lab
+
+    points = seen.landmarks * len(image) / IDENTITY_SIDE
+    patches = []
+    for side, nose, mouth in ((2, 31, 48), (14, 35, 54)):  # jaw, nostril and corner of the mouth, left and right
+        x, y = points[[side, nose, mouth]].mean(axis=0).astype(int)
+        radius = max(1, len(image) // 32)
+        patches.append(image[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1].reshape(-1, 3))
+    lightness, _, yellow = np.median(rgb2lab(np.concatenate(patches)), axis=0)
+    return float(np.degrees(np.arctan2(lightness - 50, max(yellow, 1e-3))))
+
+
+def by_tone(figures: np.ndarray, angles: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The summary of each group that has at least 20 faces, and how many it has."""
+    groups = {name: (angles >= low) & (angles < high) for name, low, high in TONES}
+    return {
+        name: {"faces": int(chosen.sum()), **summary(figures[chosen])}
+        for name, chosen in groups.items()
+        if chosen.sum() >= 20
+    }
 
 
 def summary(values: np.ndarray) -> dict[str, list[float]]:
@@ -209,6 +238,7 @@ def main(args: Quality) -> int:
     }
     with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
         seen = list(pool.map(portray, faces, chunksize=8)) if args.identity else [None] * len(faces)
+        tones = np.array([tone_angle(face, one) for face, one in zip(faces, seen, strict=True) if one])
         for split in args.splits:
             splits[split] = {}
             profile = get_profile(split)
@@ -228,6 +258,7 @@ def main(args: Quality) -> int:
                 if args.identity:
                     frechet = frechet_distance(np.stack(embeddings), np.stack([one.embedding for one in seen if one]))
                     splits[split][name]["frechet"] = round(frechet, 5)
+                    splits[split][name]["by_skin_tone"] = by_tone(np.array(figures), tones)
                     shown += f"  frechet {frechet:.4f}"
                 print(f"{split:7} {name:26} {shown}  {seconds * 1000:7.1f} ms", flush=True)
     code = 0 if not args.check or check(results) else 1

@@ -24,6 +24,7 @@ import boto3
 from jobs.demo import PORTRAITS, SPLITS
 from ldbfr import storage
 from ldbfr.archive.settings import Weights
+from ldbfr.config import DEFAULT_WEIGHTS
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.images import encode_image
 from tests.s3_server import moto_server
@@ -35,7 +36,7 @@ WIDTH, HEIGHT = 1200, 1500
 
 def write_inputs(folder: Path) -> None:
     """The degraded copies, and files that an archive has too."""
-    weights = Weights.find("faces_64")
+    weights = Weights.find(DEFAULT_WEIGHTS)
     for portrait in PORTRAITS:
         face = portrait.face(weights.preset.template, weights.preset.side)
         for split in SPLITS:

@@ -19,6 +19,7 @@ import tyro
 from ldbfr import storage
 from ldbfr.archive.naming import FIRST_STAGE_FOLDER
 from ldbfr.archive.settings import Weights
+from ldbfr.config import DEFAULT_WEIGHTS
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.errors import InputError, LDBFRError
 from ldbfr.faces import TEMPLATES, fit_similarity, warp
@@ -97,7 +98,7 @@ class Demo:
 
     output: Path = Path("demo-output")
     """Folder for inputs, results and demo.png; made if needed."""
-    weights: str = "faces_64"
+    weights: str = DEFAULT_WEIGHTS
     """Name of weights that come with ldbfr, or a folder of `ldbfr export`."""
     seed: int = 0
     """Of the degradations and of the model's noise."""
@@ -121,10 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"\nSee {picture}: {', '.join(COLUMNS)} of {len(originals)} portraits, degraded by {', '.join(SPLITS)} recipes."
     )
-    if weights.reference == "faces_64":
-        print(
-            f"The starter is small: {side} px faces, trained on two CPU cores in hours; its model card says how good."
-        )
+    if weights.reference == DEFAULT_WEIGHTS:
+        print(f"These weights draw faces of {side} px; their model card says how well, and where they fail.")
     return 0
 
 
@@ -156,13 +155,13 @@ def restore(request: Demo) -> int:
 
 
 def lay_out(request: Demo, originals: dict[str, Pixels]) -> Pixels:
-    """The picture: a row per portrait and split, at three times the faces' size."""
+    """The picture: a row per portrait and split, the faces enlarged twice at least."""
     restored = request.output / "restored"
     folders = (request.output / "inputs", restored / FIRST_STAGE_FOLDER, restored)
     rows, titles, cell = [], [], 0
     for portrait in PORTRAITS:
         original = originals[portrait.title]
-        cell = 3 * len(original)
+        cell = max(192, 2 * len(original))
         for split in SPLITS:
             paths = [folder / file_name(portrait, split) for folder in folders]
             rows.append([decode_image(storage.read_bytes(str(path)), name=str(path)) for path in paths] + [original])

@@ -23,7 +23,7 @@ from ldbfr.archive.plan import Plan
 from ldbfr.archive.rounds import Rounds, TooManyFailuresError
 from ldbfr.archive.run import Run, check_places, lock_uri, report, write_status
 from ldbfr.archive.settings import RestoreSettings, RunSettings, Weights, images_in_a_unit
-from ldbfr.config import SchedulerName, check_range
+from ldbfr.config import DEFAULT_WEIGHTS, SchedulerName, check_range
 from ldbfr.errors import ConfigError, InputError, LDBFRError, StorageError
 from ldbfr.lease import Lease
 from ldbfr.photos.options import PhotoOptions
@@ -75,7 +75,7 @@ class Restore:
     """Where the images are: folders, archives, tables, lists of URIs; local or s3://."""
     output: str
     """Folder or s3://bucket/prefix for the results; made if needed."""
-    weights: str = "faces_64"
+    weights: str = DEFAULT_WEIGHTS
     """Name of weights that come with ldbfr, or a folder of `ldbfr export`."""
     steps: int | None = None
     """Denoising steps; 0 gives the first stage alone. The weights' own when left out."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ldbfr.config import SchedulerName, check_range, load_preset, preset_names
+from ldbfr.config import DEFAULT_WEIGHTS, SchedulerName, check_range, load_preset, preset_names
 from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.photos.options import PhotoOptions, parse_boxes
 from ldbfr.places import absolute
@@ -44,7 +44,7 @@ class Restore:
     """Photos, and folders of them of any depth: PNG, JPEG, WebP, BMP, TIFF."""
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """For a single photo the name of an image, or else a folder."""
-    weights: str = "faces_64"
+    weights: str = DEFAULT_WEIGHTS
     """Name of weights that come with ldbfr, or a folder of `ldbfr export`."""
     photos: Annotated[PhotoOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=PhotoOptions)
     box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())

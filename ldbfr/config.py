@@ -25,6 +25,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 
+DEFAULT_WEIGHTS = "faces_128"
+"""The reference weights, which commands and the endpoint take unless told."""
+
 
 class Settings(BaseModel):
     """A frozen group of settings in which an unknown key is an error."""

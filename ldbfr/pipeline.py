@@ -2,7 +2,7 @@
 
 from ldbfr import LDBFRPipeline
 
-pipeline = LDBFRPipeline.from_pretrained("faces_64")
+pipeline = LDBFRPipeline.from_pretrained("faces_128")
 restored = pipeline(lq).images          # lq: (B, S, S, 3) uint8
 """
 

@@ -1,6 +1,6 @@
 """The endpoint on Ray Serve.
 
-    serve run serve.app:build_app weights=faces_64          # on this machine
+    serve run serve.app:build_app weights=faces_128         # on this machine
     serve deploy serve/config.yaml                          # on a running cluster
 
 Two deployments: `Endpoint` speaks HTTP, checks, decodes, finds faces and encodes; `FaceModel` has the networks, in

@@ -24,6 +24,7 @@ def describe(preset: Preset, weights_digest: str, weights: str) -> ModelInfo:
             "condition_scale": sampling.condition_scale,
             "start_step": sampling.start_step,
             "scheduler": sampling.scheduler,
+            "color_correction": sampling.color_correction,
         },
         license=license_of(folder),
     )

@@ -84,7 +84,7 @@ class ModelInfo:
     template: str
     weights_digest: str
     defaults: dict[str, Any]
-    """steps, condition_scale, start_step, scheduler."""
+    """steps, condition_scale, start_step, scheduler, color_correction."""
     license: str = ""
 
 

@@ -11,11 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from ldbfr.config import Settings
+from ldbfr.config import DEFAULT_WEIGHTS, Settings
 from ldbfr.errors import ConfigError
-
-DEFAULT_WEIGHTS = "faces_64"
-"""Name of the weights that answer where nothing else is said."""
 
 MOST_SAMPLES, MOST_STEPS = 8, 50  # what `RestorationOptions` allows at most
 

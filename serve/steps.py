@@ -96,7 +96,7 @@ def restore_settings(options: RestorationOptions, model: ModelInfo) -> RestoreSe
         start_step=own["start_step"],
         scheduler=own["scheduler"],
         condition_scale=own["condition_scale"] if options.condition_scale is None else options.condition_scale,
-        color_correction=False,
+        color_correction=own["color_correction"],
         seed=options.seed,
         format=options.format or "same",
         quality=options.quality,

@@ -45,9 +45,14 @@ from serve.restoring import PhotoService, Threads
 from tests import tiny
 from tests.test_metadata import saved
 
-INFO = ModelInfo(
-    "tiny", tiny.SIDE, "ffhq", "", {"steps": 4, "condition_scale": 1.0, "start_step": 1000, "scheduler": "dpm_solver"}
-)
+DEFAULTS = {
+    "steps": 4,
+    "condition_scale": 1.0,
+    "start_step": 1000,
+    "scheduler": "dpm_solver",
+    "color_correction": False,
+}
+INFO = ModelInfo("tiny", tiny.SIDE, "ffhq", "", DEFAULTS)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from ldbfr import LDBFRPipeline
 from ldbfr.photos import PhotoRestorer, decode_photo
 
-restore = PhotoRestorer(LDBFRPipeline.from_pretrained("faces_64"))
+restore = PhotoRestorer(LDBFRPipeline.from_pretrained("faces_128"))
 result = restore(decode_photo(Path("photo.jpg").read_bytes(), name="photo.jpg"))
 """
 
