@@ -281,8 +281,15 @@ def hosted(args: dict[str, Any]) -> Iterator[Host]:
 
 
 def rate(replies: Sequence[Reply]) -> float:
-    """Images/s between the first and the last answer."""
+    """Images/s between the first and the last answer.
+
+    Raises:
+        RuntimeError: there are not enough for that.
+    """
     ends = sorted(reply.ended for reply in replies if reply.status == 200)
+    if len(ends) < 2:
+        answers = dict(Counter(reply.status for reply in replies))
+        raise RuntimeError(f"only {len(ends)} images were restored (answers by status: {answers}); raise --deadline")
     return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
@@ -303,7 +310,7 @@ def about(replies: Sequence[Reply], deadline: float, seconds: float) -> dict[str
         "accepted, but after the deadline": sum(value > deadline for value in accepted),
         "refused: share": round(len(refused) / len(replies), 3),
         "refused without Retry-After": sum(
-            reply.status in (429, 503) and not reply.has_retry_after for reply in replies
+            reply.status in (429, 503) and reply.retry_after is None for reply in replies
         ),
         "refused: p50, p95, s": quantiles(refused, 50, 95),
         "without an answer": sum(reply.status == 0 for reply in replies),

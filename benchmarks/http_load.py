@@ -13,6 +13,8 @@ import numpy as np
 
 PATIENCE = 120.0
 """Seconds after which a request counts as without an answer."""
+IDLE_SECONDS = 2.0
+"""After which a connection is not used again: a server may close it at any time after about five."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Reply:
     due: float
     """When it was to be sent."""
     ended: float
-    has_retry_after: bool = False
+    retry_after: float | None = None
 
 
 class Connections:
@@ -31,7 +33,7 @@ class Connections:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, path: str, body: bytes, due: float | None = None) -> Reply:
         """Send an image, and wait for the answer."""
@@ -41,11 +43,11 @@ class Connections:
                 status, headers = await self._exchange(path, body)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             return Reply(0, due, time.monotonic())
-        return Reply(status, due, time.monotonic(), "retry-after" in headers)
+        retry_after = headers.get("retry-after")
+        return Reply(status, due, time.monotonic(), None if retry_after is None else float(retry_after))
 
     async def _exchange(self, path: str, body: bytes) -> tuple[int, dict[str, str]]:
-        connection = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
-        reader, writer = connection
+        reader, writer = await self._connection()
         try:
             writer.write(request(path, body))
             status, headers = await head(reader)
@@ -53,12 +55,21 @@ class Connections:
         except BaseException:
             writer.close()
             raise
-        self.idle.append(connection)
+        self.idle.append((time.monotonic(), reader, writer))
         return status, headers
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that was in use a moment ago, or a new one."""
+        while self.idle:
+            since, reader, writer = self.idle.pop()
+            if time.monotonic() - since < IDLE_SECONDS:
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection("127.0.0.1", self.port)
 
     def close(self) -> None:
         """Close those that are idle."""
-        for _, writer in self.idle:
+        for _, _, writer in self.idle:
             writer.close()
 
 
@@ -105,8 +116,11 @@ async def closed_loop(
 
     async def client(number: int) -> None:
         while time.monotonic() < end:
-            replies.append(await connections.post(path, images[number % len(images)]))
+            reply = await connections.post(path, images[number % len(images)])
+            replies.append(reply)
             number += clients
+            if reply.status != 200:  # as well-behaved clients do; asking again at once would be another load
+                await asyncio.sleep(max(0.0, min(reply.retry_after or 1.0, end - time.monotonic())))
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     return replies

@@ -104,7 +104,11 @@ class Line:
 
 
 class Pace:
-    """How long the model takes: seconds for a face and denoising step, in batches that are full or nearly so."""
+    """How long the model takes: seconds for a face and denoising step, in batches that are full or nearly so.
+
+    A small batch takes longer for each face. So it says nothing if it was slower than what is known; but if it was
+    faster, then what is known is of harder times, and would keep requests out for ever.
+    """
 
     SLOWNESS = 0.7
     """Share of what was known before that is kept."""
@@ -112,9 +116,11 @@ class Pace:
     def __init__(self) -> None:
         self.seconds: float | None = None
 
-    def learn(self, cost: int, seconds: float) -> None:
+    def learn(self, cost: int, seconds: float, *, is_full: bool = True) -> None:
         """From a batch."""
         new = seconds / cost
+        if not is_full and self.seconds is not None and new >= self.seconds:
+            return
         self.seconds = new if self.seconds is None else self.SLOWNESS * self.seconds + (1 - self.SLOWNESS) * new
 
     def estimate(self, cost: float) -> float:

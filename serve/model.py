@@ -310,8 +310,7 @@ class LocalFaceModel:
         seconds = time.monotonic() - started
         if any(isinstance(outcome, FaceResult) for outcome in outcomes):
             self.last_success = time.monotonic()
-            if faces * 2 > self.runner.most or self.line.waiting:
-                self.pace.learn(cost, seconds)
+            self.pace.learn(cost, seconds, is_full=faces * 2 > self.runner.most or bool(self.line.waiting))
         for one, outcome in zip(batch, outcomes, strict=False):
             if one.answer.done() or isinstance(outcome, AbandonedError):
                 continue

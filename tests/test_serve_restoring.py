@@ -755,6 +755,26 @@ def test_the_pace_follows_what_is_measured() -> None:
     for _ in range(20):
         pace.learn(10, 5.0)
     assert pace.estimate(4) == pytest.approx(2.0)
+    pace.learn(1, 5.0, is_full=False)
+    assert pace.estimate(4) == pytest.approx(2.0), "small batches are slower for each face"
+    for _ in range(20):
+        pace.learn(1, 0.1, is_full=False)
+    assert pace.estimate(1) == pytest.approx(0.1, rel=0.01), "but one that is faster proves that times are better"
+
+
+def test_a_slow_start_does_not_keep_requests_out_for_ever() -> None:
+    async def recovered() -> None:
+        model = local(batch_faces=16)
+        model.pace.learn(1, 1.0)  # as if measured on a machine that was busy with something else
+        refused = 0
+        for _ in range(30):
+            answers = await asyncio.gather(
+                *(model.restore(job(steps=1), soon(5)) for _ in range(4)), return_exceptions=True
+            )
+            refused = sum(isinstance(answer, Overloaded) for answer in answers)
+        assert refused == 0
+
+    run(recovered())
 
 
 def test_previews_are_the_first_samples_own_steps() -> None:
