@@ -1,0 +1,63 @@
+"""The reference weights: what their folder holds, what their card claims, and that they restore a face."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.demo import PORTRAITS
+from ldbfr.config import DEFAULT_WEIGHTS, load_preset
+from ldbfr.degradations import apply, degradation_generator, draw, get_profile
+from ldbfr.evaluation.metrics import psnr, sharpness
+from ldbfr.pipeline import LDBFRPipeline
+from ldbfr.weights import find_weights, manifest_digest, read_manifest
+
+FOLDER = find_weights(DEFAULT_WEIGHTS)
+RESULTS = json.loads(
+    (Path(__file__).parent.parent / "benchmarks" / "results" / f"{DEFAULT_WEIGHTS}-quality.json").read_text("utf-8")
+)
+
+
+def test_they_fit_where_files_are_limited() -> None:
+    sizes = [path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(sizes) < 60e6
+    assert max(sizes) < 16e6
+
+
+def test_they_are_of_the_preset_of_their_name() -> None:
+    preset = json.loads((FOLDER / "preset.json").read_text("utf-8"))
+    assert preset == load_preset(DEFAULT_WEIGHTS).model_dump(mode="json")
+
+
+def test_what_was_measured_is_these_weights() -> None:
+    assert RESULTS["weights"] == manifest_digest(read_manifest(FOLDER))
+    assert RESULTS["faces"] == 400
+
+
+def test_the_card_says_what_was_measured() -> None:
+    card = (FOLDER / "README.md").read_text("utf-8")
+    digits = {"psnr": 2, "identity": 3, "landmarks": 2, "sharpness": 2}
+    for split, rows in RESULTS["splits"].items():
+        for name, row in rows.items():
+            cells = [
+                "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*row[figure], d=places) for figure, places in digits.items()
+            ]
+            assert " | ".join([f"| {split}", name, *cells, f"{row['frechet']:.3f} |"]) in card
+    for text, bar in RESULTS["bars"].items():
+        verdict = "yes" if bar["holds"] else "**no**"
+        assert f"| {text} | {bar['wanted']} | {bar['measured']:.3f} | {verdict} |" in card
+
+
+@pytest.mark.parametrize("split", ["medium", "severe"])
+def test_a_face_that_they_never_saw_comes_out_closer_to_itself_and_sharp(split: str) -> None:
+    pipeline = LDBFRPipeline.from_pretrained(DEFAULT_WEIGHTS)
+    faces = [portrait.face(pipeline.preset.template, pipeline.side) for portrait in PORTRAITS]
+    recipes = [draw(get_profile(split), degradation_generator(0, split, number)) for number in range(len(faces))]
+    lq = [apply(recipe, face) for recipe, face in zip(recipes, faces, strict=True)]
+    output = pipeline(np.stack(lq), return_first_stage=True)
+    for face, before, first, after in zip(faces, lq, output.first_stage, output.images, strict=True):
+        assert psnr(after, face) > psnr(before, face) + 0.7
+        assert sharpness(after) > 1.2 * sharpness(first)
