@@ -27,6 +27,7 @@ from ldbfr.images import ImageLimits
 from serve.api import make_app
 from serve.deployment import DeploymentSettings
 from serve.jobs import RayJobs
+from serve.observability import log_as_json
 from serve.replicas import RETRY_SECONDS, FaceModelReplica, RayFaceModel
 from serve.restoring import PhotoService
 from serve.settings import is_loopback
@@ -54,6 +55,7 @@ class Endpoint:
     """
 
     def __init__(self, model: DeploymentHandle[Any], settings: DeploymentSettings) -> None:
+        log_as_json()  # Serve's own log has neither our ids nor our measures
         check_address(proxy_host(), settings)
         self.settings = settings
         self.service = PhotoService(

@@ -18,6 +18,7 @@ from ray.util.metrics import Histogram
 
 from ldbfr.errors import LDBFRError
 from serve.deployment import DeploymentSettings
+from serve.observability import log_as_json
 from serve.parts import until
 from serve.protocol import DeadlineExceeded, FaceJob, FacePreview, FaceResult, ModelInfo, Overloaded
 
@@ -63,6 +64,7 @@ class FaceModelReplica:
     def __init__(self, settings: DeploymentSettings) -> None:
         from serve.model import LocalFaceModel  # torch takes memory and time, which the ingress can do without
 
+        log_as_json()
         self.period = settings.health_check_seconds
         self.model = LocalFaceModel.load(
             settings.weights,
