@@ -39,9 +39,12 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
-    """A headless browser with a profile of its own, which goes with it."""
+    """A headless browser with a profile of its own, which goes with it.
+
+    It ends with the module: while Playwright runs, no other test could run an event loop in this thread.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="this test needs playwright: pip install 'ldbfr[test]'")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=list(FLAGS))
