@@ -200,6 +200,17 @@ def test_the_ingress_does_without_torch(endpoint: Client) -> None:
 
 
 @ray_test
+def test_every_request_has_a_line_in_the_log_of_the_ingress(endpoint: Client) -> None:
+    (ingress,) = replicas("Endpoint")
+    log = Path(f"/proc/{ingress.pid}/fd/2")  # a file that Ray keeps
+    headers = {"Content-Type": "application/octet-stream", "X-Request-Id": "seen-again"}
+    assert endpoint.ask("POST", "/v1/restorations?mode=aligned&steps=0", IMAGES[0], headers).status == 200
+    wait_for(lambda: "seen-again" in log.read_text("utf-8"))
+    line = json.loads(next(line for line in log.read_text("utf-8").splitlines() if "seen-again" in line))
+    assert (line["logger"], line["route"], line["status"]) == ("serve.requests", "/v1/restorations", 200)
+
+
+@ray_test
 def test_a_stream_ends_with_the_same_image(endpoint: Client, weights: Path) -> None:
     answer = endpoint.restore(IMAGES[0], "/v1/restorations/stream", mode="aligned", steps=4)
     assert answer.status == 200
