@@ -46,7 +46,8 @@ def test_settings() -> None:
         settings = re.findall(r"`([^`]+)`", first)
         defaults = [DeploymentSettings.model_fields[name].default for name in settings]
         if not any(default in (None, ()) for default in defaults):
-            assert re.sub("[,`]", "", second).lower().split() == [str(one).removesuffix(".0").lower() for one in defaults]
+            told = re.sub("[,`]", "", second).lower().split()
+            assert told == [str(one).removesuffix(".0").lower() for one in defaults]
 
 
 def test_problems() -> None:
