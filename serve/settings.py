@@ -41,8 +41,7 @@ class EndpointSettings(Settings):
     weights: str = Field(DEFAULT_WEIGHTS, min_length=1, description="name of weights that come with ldbfr, or a folder")
     device: Literal["cpu", "cuda"] | None = Field(None, description="where the model runs; a GPU where there is one")
 
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; others than loopback need keys")
-    port: int = Field(8000, ge=0, le=65535)
+    host: str = Field("127.0.0.1", min_length=1, description="where it is reached; beyond loopback it needs keys")
     keys_file: Path | None = Field(None, description="JSON file of API keys; read again whenever it changes")
     allowed_hosts: Names = Field((), description="without keys: names, beside this machine's own, that clients may use")
 

@@ -1,4 +1,4 @@
-"""The endpoint on a local Ray, over HTTP: the same bytes as without Ray, a replica that is killed, a redeploy."""
+"""The endpoint on a local Ray, over HTTP: the bytes are those without Ray; kills, redeploys, an hour of load."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -330,6 +332,50 @@ def test_more_work_makes_more_replicas_and_less_fewer(endpoint: Client, weights:
         wait_for(lambda: len(replicas("FaceModel")) == 1, 180)
     finally:
         deploy(weights)
+
+
+def visit(endpoint: Client, number: int) -> int:
+    """One of an hour's clients: most send a face, some do it wrong, some leave; the status, 0 for who left."""
+    image = IMAGES[number % 8]
+    match number % 12:
+        case 0:
+            with socket.create_connection(("127.0.0.1", endpoint.port)) as connection:
+                head = f"POST /v1/restorations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\n\r\n"
+                connection.sendall(head.encode() + image[: len(image) // 2])
+            return 0
+        case 1:
+            return endpoint.restore(b"no image at all", mode="aligned").status
+        case 2:
+            return endpoint.restore(image, mode="aligned", steps=99).status
+        case 3:
+            return endpoint.restore(image, "/v1/restorations/stream", mode="aligned", steps=3).status
+        case 4:
+            return endpoint.restore(image, mode="aligned", steps=2, samples=2, seed=number).status
+        case _:
+            return endpoint.restore(image, mode="aligned", steps=2).status
+
+
+@ray_test
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_hours_requests_beside_a_thousand_idle_connections_leave_memory_flat(endpoint: Client) -> None:
+    """3,600 requests, one a second for an hour, as fast as they are answered."""
+
+    def memory() -> float:
+        processes = [*replicas("FaceModel"), *replicas("Endpoint")]
+        return sum(process.memory_info().rss for process in processes) / 2**20
+
+    expected = [0, 422, 422, *[200] * 9]
+    with ExitStack() as idle, ThreadPoolExecutor(4) as clients:
+        for _ in range(1000):
+            idle.enter_context(closing(socket.create_connection(("127.0.0.1", endpoint.port))))
+        levels = []
+        for first in range(0, 4800, 1200):  # the first 1,200 fill what is kept once
+            statuses = list(clients.map(partial(visit, endpoint), range(first, first + 1200)))
+            assert statuses == expected * 100
+            levels.append(memory())
+    print("MiB after every 1,200 requests:", [round(level) for level in levels])
+    assert levels[-1] < 1.05 * levels[0], levels
 
 
 @ray_test

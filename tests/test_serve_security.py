@@ -808,12 +808,12 @@ def test_every_answer_has_the_security_headers(start: Start, path: str) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_five_hundred_idle_connections_are_in_nobodys_way(start: Start) -> None:
+def test_a_thousand_idle_connections_are_in_nobodys_way(start: Start) -> None:
     client = start()
     address = (client.base_url.host, client.base_url.port or 80)
 
     with ExitStack() as stack:
-        for number in range(500):
+        for number in range(1000):
             connection = stack.enter_context(closing(socket.create_connection(address, timeout=PATIENCE)))
             if number % 2:
                 connection.sendall(b"POST /v1/restorations HTTP/1.1\r\nHost: localhost\r\n")  # and no more

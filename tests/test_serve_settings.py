@@ -17,12 +17,12 @@ def test_the_defaults_fit_together_and_cannot_be_changed() -> None:
     assert settings.is_loopback
     assert EndpointSettings.from_args({}) == settings
     with pytest.raises(ValidationError, match="frozen"):
-        settings.port = 1  # type: ignore[misc]
+        settings.page = False  # type: ignore[misc]
 
 
 def test_settings_as_a_yaml_file_and_a_command_line_give_them() -> None:
-    from_yaml = EndpointSettings.from_args({"port": 9000, "job_buckets": ["s3://abc/x", "s3://def"], "page": False})
-    from_words = EndpointSettings.from_args({"port": "9000", "job_buckets": "s3://abc/x, s3://def", "page": "false"})
+    from_yaml = EndpointSettings.from_args({"max_steps": 9, "job_buckets": ["s3://abc/x", "s3://def"], "page": False})
+    from_words = EndpointSettings.from_args({"max_steps": "9", "job_buckets": "s3://abc/x, s3://def", "page": "false"})
 
     assert from_yaml == from_words
     assert from_yaml.job_buckets == ("s3://abc/x", "s3://def")
@@ -32,7 +32,7 @@ def test_settings_as_a_yaml_file_and_a_command_line_give_them() -> None:
     ("args", "message"),
     [
         ({"wieghts": "x"}, "wieghts: there is no such setting; there are allowed_hosts, batch_faces"),
-        ({"port": 70000}, "port 70000: Input should be less than or equal to 65535"),
+        ({"max_steps": 70}, "max_steps 70: Input should be less than or equal to 50"),
         ({"device": "tpu"}, "device 'tpu': Input should be 'cpu' or 'cuda'"),
         ({"max_body_bytes": 0}, "max_body_bytes 0: Input should be greater than 0"),
         ({"max_samples": 9}, "max_samples 9"),
@@ -59,9 +59,9 @@ def test_what_cannot_work_is_refused(args: dict[str, Any], message: str) -> None
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        EndpointSettings.from_args({"port": -1, "max_steps": 0, "nonsense": 1})
+        EndpointSettings.from_args({"batch_faces": -1, "max_steps": 0, "nonsense": 1})
 
-    assert all(name in str(caught.value) for name in ("port", "max_steps", "nonsense"))
+    assert all(name in str(caught.value) for name in ("batch_faces", "max_steps", "nonsense"))
 
 
 @pytest.mark.parametrize(
