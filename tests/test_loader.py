@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ldbfr.data.loader import load_batches
 from ldbfr.data.sampler import Batch, BatchSampler, NoiseDraw
 from ldbfr.errors import InputError
 from tests import tiny
+from tests.serve_load import wait_for
 
 DRAW = NoiseDraw((3, 4, 4), 1000, 2.0)
 SAMPLER = BatchSampler(tiny.face_images(), 4, 0, "enhancer", True, "wide", noise=DRAW)
@@ -42,6 +44,19 @@ def test_whoever_makes_them_batches_come_in_order_and_hold_the_same(processes: i
         assert same(batch, SAMPLER.batch(step, rank, world_size))
 
 
+@pytest.mark.timeout(60)
+def test_processes_work_beside_threads_of_opencv_and_those_come_back() -> None:
+    """A child of a process that has OpenCV's threads is born without them, and must not wait for them."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        cv2.GaussianBlur(np.zeros((2048, 2048, 3), np.float32), (31, 31), 4)  # starts them
+        assert len(list(load_batches(SAMPLER, range(4), 0, 1, 2, pin=False))) == 4
+        assert cv2.getNumThreads() == 4
+    finally:
+        cv2.setNumThreads(before)
+
+
 @pytest.mark.parametrize("processes", [0, 2])
 def test_no_steps_are_no_batches(processes: int) -> None:
     assert list(load_batches(SAMPLER, range(5, 5), 0, 1, processes, pin=False)) == []
@@ -53,7 +68,7 @@ def test_whoever_stops_early_leaves_nothing_behind(processes: int) -> None:
     batches = load_batches(SAMPLER, range(100), 0, 1, processes, pin=False)
     assert same(next(batches), SAMPLER.batch(0))
     batches.close()  # type: ignore[attr-defined]
-    assert {thread for thread in threading.enumerate() if thread.is_alive()} <= before
+    wait_for(lambda: set(threading.enumerate()) <= before, 20)  # the queues' own threads take a moment
 
 
 class Unreadable(FaceImages):

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
@@ -46,7 +47,7 @@ def load_batches(
     processes = min(processes, len(batches), len(os.sched_getaffinity(0)))
     if processes:
         # Forked: the images that are in memory are shared, not copied. The children never touch the GPU.
-        yield from DataLoader(
+        loader = DataLoader(
             batches,
             batch_size=None,
             num_workers=processes,
@@ -54,6 +55,9 @@ def load_batches(
             multiprocessing_context="fork",
             worker_init_fn=_quiet_worker,
         )
+        with _opencv_on_one_thread():
+            forked = iter(loader)
+        yield from forked
         return
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = [pool.submit(batches.__getitem__, place) for place in range(min(1, len(batches)))]
@@ -64,8 +68,18 @@ def load_batches(
             yield batch.pin_memory() if pin else batch
 
 
-def _quiet_worker(number: int) -> None:
-    """One thread for each process, and Ctrl-C is the trainer's to answer."""
+@contextmanager
+def _opencv_on_one_thread() -> Iterator[None]:
+    """Without OpenCV's threads: a fork does not take them along, and its child would wait for them without end."""
+    before = cv2.getNumThreads()
     cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def _quiet_worker(number: int) -> None:
+    """Ctrl-C is the trainer's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
