@@ -35,8 +35,6 @@ class Entry(Record):
 class TestSet(Protocol):
     """Images to restore, with or without their originals."""
 
-    __test__ = False  # not for pytest
-
     @property
     def name(self) -> str:
         """How reports call it: "CelebA-Test (3,000, seed 0)"."""
@@ -51,6 +49,9 @@ class TestSet(Protocol):
 
     def read(self, entry: Entry) -> tuple[Pixels, Pixels | None]:
         """The low-quality image and its original, (H, W, 3) uint8 of one shape; checked against their digests."""
+
+
+TestSet.__test__ = False  # type: ignore[attr-defined]  # by its name, pytest takes it for one of its own
 
 
 class Restorer(Protocol):
@@ -114,7 +115,7 @@ class SetMetric(Protocol):
         """The distance so far. InputError where there are too few images."""
 
     def fresh(self) -> SetMetric:
-        """An empty one of the same kind: each restorer and each split has its own; networks and references are shared."""
+        """An empty one of the same kind: one for each restorer and split; networks and references are shared."""
 
 
 class Missing(Record):
