@@ -108,8 +108,12 @@ class SetMetric(Protocol):
     def measure(self) -> Measure:
         """What it is."""
 
-    def update(self, image: Pixels, original: Pixels | None) -> None:
-        """Take one image (and its original, where that is the reference) in."""
+    @property
+    def remark(self) -> str:
+        """What has to stand beside the number (`Score.remark`): "" or that it was forced from too few images."""
+
+    def update(self, image: Pixels, original: Pixels | None, name: str = "") -> None:
+        """Take one image (and its original, where that is the reference) in; InputError, with `name`, for NaN."""
 
     def value(self) -> float:
         """The distance so far. InputError where there are too few images."""
