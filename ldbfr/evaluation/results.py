@@ -14,9 +14,9 @@ Better = Literal["higher", "lower", "nearer to 1"]
 
 
 class Record(BaseModel):
-    """A part of the results: frozen, and an unknown key is an error."""
+    """A part of the results: frozen, and an unknown key is an error. The PSNR of equal images is written "Infinity"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Entry(Record):
@@ -64,6 +64,13 @@ class Restorer(Protocol):
     @property
     def about(self) -> dict[str, Any]:
         """Weights' digest, steps, scheduler, seed, or the folder: what a report states."""
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the time it takes says something: a folder of results only takes reading."""
+
+    def check(self, entries: Sequence[Entry], side: int) -> None:
+        """Refuse a test set that it cannot restore, before anything is done; `side` is its images', in px."""
 
     def __call__(self, entries: Sequence[Entry], lq: Sequence[Pixels]) -> Sequence[Pixels]:
         """The restored images, each of its input's shape."""
