@@ -105,6 +105,7 @@ class Plan:
     seed: int
     every: bool
     framing: Framing
+    source_framing: Framing
     count: int
 
     def splits_of(self, index: int, places: Sequence[int]) -> tuple[str, ...]:
@@ -130,6 +131,7 @@ def build_testset(
     every: bool = False,
     limit: int | None = None,
     framing: Framing = "ffhq",
+    source_framing: Framing = "ffhq",
     name: str = "CelebA-Test",
     processes: int | None = None,
 ) -> Description:
@@ -143,7 +145,8 @@ def build_testset(
         seed: of the parts and of every draw.
         every: put each face into every split instead, as validations do.
         limit: how many faces, the first ones; all when left out.
-        framing: "tight" cuts the tight frame out of faces in FFHQ's.
+        framing: of the set's faces; "tight" is cut out of faces in FFHQ's.
+        source_framing: of the faces that are given.
         name: of the set, in reports.
         processes: that degrade and encode; one for every core when left out.
 
@@ -157,8 +160,10 @@ def build_testset(
     if limit is not None:
         check_range("--limit", limit, 1, 10**7, "leave it out for all faces")
     check_splits(splits)
+    if (source_framing, framing) == ("tight", "ffhq"):
+        raise ConfigError("--framing ffhq of --source-framing tight: what was cut off is gone; say --framing tight")
     faces = list_faces(sources, limit)
-    plan = Plan(side, tuple(splits), seed, every, framing, len(faces))
+    plan = Plan(side, tuple(splits), seed, every, framing, source_framing, len(faces))
     names = [face_name for face_name, _, _ in faces]
     description = Description(name=name, settings=settings_of(plan, names), versions=versions())
     if (finished := agreed(description, output)) is not None:
@@ -190,6 +195,7 @@ def settings_of(plan: Plan, names: Sequence[str]) -> dict[str, Any]:
         "seed": plan.seed,
         "side": plan.side,
         "framing": plan.framing,
+        "source_framing": plan.source_framing,
         "every": plan.every,
         "splits": {split: json.loads(json.dumps(asdict(get_profile(split)))) for split in plan.splits},
         "faces": plan.count,
@@ -269,7 +275,7 @@ class MakeImages:
         index, name, data = task
         plan = self.plan
         face = decode_exactly(data, name)
-        if plan.framing == "tight":
+        if plan.framing != plan.source_framing:
             face = tight_crop(face)
         hq = fit_to_side(face, plan.side)
         hq_file, hq_key = encode_png(hq), f"hq/{name}.png"
