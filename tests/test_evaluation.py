@@ -171,7 +171,7 @@ def test_what_is_missing_is_listed_with_its_reason_and_has_no_number(tmp_path: P
     results = evaluation(tmp_path, metrics=metrics(least=4))(on_this_machine())
     reasons = {(one.name, one.reason) for one in results.missing}
     assert ("fid", "its network is not on this machine") in reasons
-    assert ("brightness", "input, mild: 3 images, expected at least 4") in reasons
+    assert ("brightness", "mild, severe: 3 images, expected at least 4") in reasons
     assert "brightness" in results.scores["input"]["all"]
     assert "brightness" not in results.scores["input"]["mild"]
     assert "fid" not in json.dumps([measure.name for measure in results.measures])

@@ -1,4 +1,4 @@
-"""The command line: `ldbfr restore|train|export|convert|presets|archive`."""
+"""The command line: `ldbfr restore|train|export|convert|presets|testset|evaluate|archive`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Annotated
 import tyro
 
 from ldbfr.cli.archive import ArchiveCommands
+from ldbfr.cli.evaluate import Evaluate
 from ldbfr.cli.restore import Restore
 from ldbfr.cli.train import StageChoice, Train
 from ldbfr.cli.weights import Convert, Export, Presets
 from ldbfr.errors import LDBFRError
+from ldbfr.evaluation.testset_command import TestSetCommand
 
 __all__ = ["StageChoice", "main"]
 
@@ -21,7 +23,14 @@ def main() -> None:
     """Entry point of the `ldbfr` command."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     command = tyro.cli(
-        Restore | Train | Export | Convert | Presets | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")],
+        Restore
+        | Train
+        | Export
+        | Convert
+        | Presets
+        | Annotated[TestSetCommand, tyro.conf.subcommand("testset")]
+        | Evaluate
+        | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")],
         prog="ldbfr",
         description="Blind face restoration with LD-BFR.",
         config=(tyro.conf.OmitSubcommandPrefixes,),

@@ -15,7 +15,7 @@ from ldbfr import storage
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.evaluation.bootstrap import LEVEL, RESAMPLES, interval
 from ldbfr.evaluation.machine import machine, versions
-from ldbfr.evaluation.measuring import measure
+from ldbfr.evaluation.measuring import in_processes, measure
 from ldbfr.evaluation.results import (
     Entry,
     Missing,
@@ -96,9 +96,32 @@ class MeasureHere:
             yield batch.number
 
 
+@dataclass(frozen=True)
+class SetsHere:
+    """Measures the sets of several restorers on this machine, each in a process of its own."""
+
+    processes: int = 1
+
+    def __call__(self, step: Callable[[Any], Iterator[Any]], items: Sequence[Any]) -> Iterator[Any]:
+        """What the step gives for each item, in order."""
+        for results in in_processes(EachItem(step), items, min(self.processes, len(items)) or 1):
+            yield from results
+
+
+@dataclass(frozen=True)
+class EachItem:
+    """A step as a function, which can be sent to a process."""
+
+    step: Callable[[Any], Iterator[Any]]
+
+    def __call__(self, item: Any) -> list[Any]:
+        """All that the step gives for an item."""
+        return list(self.step(item))
+
+
 def on_this_machine(processes: int = 1) -> Execution:
     """The networks in this process, the metrics in so many."""
-    return Execution(run_here, MeasureHere(processes))
+    return Execution(run_here, MeasureHere(processes), SetsHere(processes))
 
 
 @dataclass(frozen=True)
@@ -181,7 +204,7 @@ class Evaluation:
         Raises:
             ConfigError: it holds what is made of something else.
         """
-        names = digest_of([entry.model_dump() for entry in entries])
+        names = digest_of([[entry.name, entry.split] for entry in entries])
         test_set = self.test_set.about.get("digest", names)
         about = {"restorer": restorer.about, "test_set": test_set, "images": names, "batch_size": self.batch_size}
         about = json.loads(json.dumps(about))
@@ -220,9 +243,9 @@ class Evaluation:
             rows = self.rows(restorer.name, batches)
             lines += [json.dumps({"restorer": row.restorer, **_flat(row)}) for row in rows]
             scores[restorer.name] = self.scores(rows)
-            self.set_scores(restorer.name, entries, scores[restorer.name], missing)
             if restorer.is_timed:
                 seconds[restorer.name] = seconds_per_image(Places(self.output, restorer.name), batches)
+        missing += self.set_scores(entries, scores)
         storage.write_bytes(storage.join(self.output, ROWS_FILE), ("\n".join(lines) + "\n").encode())
         found = {name for by_split in scores.values() for values in by_split.values() for name in values}
         measures = [metric.measure for metric in (*self.metrics.pair, *self.metrics.sets)]
@@ -269,20 +292,25 @@ class Evaluation:
                     result[split][name] = score_of(values, len(own), self.seed)
         return result
 
-    def set_scores(
-        self, restorer: str, entries: tuple[Entry, ...], scores: dict[str, dict[str, Score]], missing: list[Missing]
-    ) -> None:
-        """Add the sets' numbers to a restorer's scores, and to the missing what has none."""
+    def set_scores(self, entries: tuple[Entry, ...], scores: dict[str, dict[str, dict[str, Score]]]) -> list[Missing]:
+        """Add the sets' numbers to the scores; what has none comes back, each reason once."""
         step = SetStep(self.test_set, entries, self.output, self.metrics.sets)
-        recorded = (step.recorded(restorer) if self.metrics.sets else None) or {}
-        for split, values in recorded.items():
-            count = sum(split in (ALL, entry.split) for entry in entries)
-            for name, value in values.items():
-                if "reason" in value:
-                    reason = f"{restorer}, {split}: {value['reason']}"
-                    missing.append(Missing(name=name, reason=reason))
-                else:
-                    scores[split][name] = Score(mean=value["value"], num_images=count, remark=value["remark"])
+        reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for restorer in scores if self.metrics.sets else ():
+            for split, values in (step.recorded(restorer) or {}).items():
+                count = sum(split in (ALL, entry.split) for entry in entries)
+                for name, value in values.items():
+                    if "reason" in value:
+                        reasons.setdefault((name, value["reason"]), []).append((restorer, split))
+                    else:
+                        score = Score(mean=value["value"], num_images=count, remark=value["remark"])
+                        scores[restorer][split][name] = score
+        missing = []
+        for (name, reason), places in reasons.items():
+            restorers, splits = (list(dict.fromkeys(part)) for part in zip(*places, strict=True))
+            of = ", ".join(restorers) + ": " if len(restorers) < len(scores) else ""
+            missing.append(Missing(name=name, reason=f"{of}{', '.join(splits)}: {reason}"))
+        return missing
 
 
 def _flat(row: Row) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def caption(values: dict[str, float], measures: Sequence[Measure]) -> str:
     for measure in measures:
         if measure.name in values:
             number = f"{values[measure.name]:.{1 if measure.unit == 'dB' else 2}f}"
-            parts.append(f"{number} {measure.unit}" if measure.unit else f"{measure.label} {number}")
+            parts.append(f"{number} {measure.unit}" if measure.unit else f"{measure.name} {number}")
     return ", ".join(parts)
 
 

@@ -25,8 +25,9 @@ import numpy as np
 from ldbfr import storage
 from ldbfr.config import Preset, SchedulerName, parse_preset
 from ldbfr.errors import ConfigError, InputError, WeightsError
+from ldbfr.evaluation.reading import read_image
 from ldbfr.evaluation.results import Entry, Restorer
-from ldbfr.images import IMAGE_SUFFIXES, Pixels, decode_image, resize
+from ldbfr.images import IMAGE_SUFFIXES, Pixels, resize
 from ldbfr.weights import PRESET_FILE, find_weights, manifest_digest, read_manifest
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class FolderRestorer:
         """
         images = []
         for entry, own in zip(entries, lq, strict=True):
-            image = decode_image(storage.read_bytes(self.files[entry.name]), name=self.files[entry.name])
+            image = read_image(self.files[entry.name], lossless=True)
             if image.shape != own.shape:
                 raise InputError(
                     f"{self.name}: {self.files[entry.name]} is {image.shape[1]} × {image.shape[0]} px, its input "
