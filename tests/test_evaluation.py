@@ -187,6 +187,13 @@ def test_without_originals_only_what_needs_none_is_measured(tmp_path: Path) -> N
     assert [measure.name for measure in results.measures] == ["sharpness"]
 
 
+def test_an_evaluation_that_would_measure_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing can be measured: fid: its network is not on this machine"):
+        evaluation(tmp_path, metrics=Metrics((), (), metrics().missing))(on_this_machine())
+    with pytest.raises(ConfigError, match="nothing can be measured: blobs has no originals; name metrics"):
+        evaluation(tmp_path, test_set=BlobSet(2, originals=False), metrics=Metrics((Psnr(),)))(on_this_machine())
+
+
 def test_equal_images_are_infinitely_near_and_say_so(tmp_path: Path) -> None:
     score = score_of(np.array([20.0, math.inf]), 2, 0)
     assert (score.mean, score.low, score.remark) == (math.inf, None, "1 images equal their originals")

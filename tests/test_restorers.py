@@ -137,6 +137,9 @@ def test_a_test_set_of_another_side_is_refused_with_what_to_do(weights: str) -> 
     with pytest.raises(ConfigError, match=r"faces of 32 px, the test set's have 64 px.*testset --side 32.*resize=yes"):
         parsed(weights).check(TEST_SET.entries, 64)
     parsed(weights).check(TEST_SET.entries, 32)
+    large = BlobSet(1, side=64)
+    with pytest.raises(InputError, match=r"mild/000 is 64 × 64 px, .* restores 32 × 32"):
+        parsed(weights)(large.entries, list(images_of(large)[0]))
 
 
 def test_resizing_is_asked_for_and_stated(weights: str) -> None:

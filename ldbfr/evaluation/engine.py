@@ -194,6 +194,11 @@ class Evaluation:
             raise InputError(f"{self.test_set.name} has no images: build it again with `ldbfr testset`")
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise ConfigError(f"batch size {self.batch_size}, limit {self.limit}: expected at least 1 of each")
+        originals = any(entry.hq is not None for entry in entries)
+        if not self.metrics.sets and all(one.needs_original and not originals for one in self.metrics.pair):
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.metrics.missing)
+            why = "" if originals else f"{self.test_set.name} has no originals; "
+            raise ConfigError(f"nothing can be measured: {why}{reasons or 'name metrics that need none, such as blur'}")
         side = self.test_set.read(entries[0])[0].shape[0]
         for restorer in self.restorers:
             restorer.check(self.test_set.entries, side)

@@ -95,13 +95,16 @@ class Request:
 
         return open_testset(absolute(self.testset), self.hq and absolute(self.hq), self.kind)
 
-    def evaluation(self, command: str, device: str, restorers: Sequence[Restorer] | None = None) -> Evaluation:
+    def evaluation(
+        self, command: str, device: str, restorers: Sequence[Restorer] | None = None, measuring: str | None = None
+    ) -> Evaluation:
         """All that was asked for, checked as far as it can be before the work.
 
         Args:
             command: that does it again.
             device: where networks run.
             restorers: other than those that were named.
+            measuring: where the metrics' networks run, if elsewhere.
 
         Raises:
             LDBFRError: something is not to be had, or does not fit.
@@ -120,7 +123,7 @@ class Request:
         return Evaluation(
             test_set=test_set,
             restorers=restorers,
-            metrics=self.measured.make(framing, device),
+            metrics=self.measured.make(framing, measuring or device),
             output=absolute(self.output),
             batch_size=self.batch_size,
             limit=self.limit,

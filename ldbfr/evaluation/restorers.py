@@ -167,8 +167,18 @@ class PipelineRestorer:
             )
 
     def __call__(self, entries: Sequence[Entry], lq: Sequence[Pixels]) -> Sequence[Pixels]:
-        """The restored images; with `resize`, at their inputs' sizes."""
+        """The restored images; with `resize`, at their inputs' sizes.
+
+        Raises:
+            InputError: an image has another side, and is not to be resized.
+        """
         side = self.preset.side
+        for entry, image in zip(entries, lq, strict=True):
+            if image.shape[:2] != (side, side) and not self.resize:
+                raise InputError(
+                    f"{entry.name} is {image.shape[1]} × {image.shape[0]} px, {self.name} restores {side} × {side}: "
+                    "give a test set of one side"
+                )
         batch = np.stack([resize(image, side, side) if image.shape[:2] != (side, side) else image for image in lq])
         restored = load_pipeline(self.weights, self.digest, self.device)(batch, **self.options).images
         return [
