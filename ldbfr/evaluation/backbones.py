@@ -83,7 +83,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError, ValueError) as error:
-        raise WeightsError(f"{path} is no readable file of weights ({error}); copy it again") from error
+        # torch's own text advises to run the code in the file
+        raise WeightsError(f"{path} is no readable file of weights ({type(error).__name__}); copy it again") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds {type(values).__name__}, expected tensors by name; give the published file")
     return values

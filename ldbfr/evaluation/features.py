@@ -122,7 +122,10 @@ class InceptionFeatures:
                     "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(self.path)
                 ).to(self.device)
             except (RuntimeError, KeyError) as error:
-                raise WeightsError(f"{self.path} does not fit: {error}; {INCEPTION_FILE.how_to_supply()}") from error
+                reason = " ".join(str(error).split())[:160]
+                raise WeightsError(
+                    f"{self.path} is not {INCEPTION_FILE.about} ({reason} …); {INCEPTION_FILE.how_to_supply()}"
+                ) from error
         return self._network
 
 

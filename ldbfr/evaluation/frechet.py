@@ -38,7 +38,8 @@ def gaussian_distance(mean: Features, covariance: Features, other_mean: Features
     shift = mean - other_mean
     root = square_root(covariance)
     shared = np.sqrt(np.clip(np.linalg.eigvalsh(root @ other_covariance @ root), 0, None)).sum()
-    return float(shift @ shift + np.trace(covariance) + np.trace(other_covariance) - 2 * shared)
+    distance = float(shift @ shift + np.trace(covariance) + np.trace(other_covariance) - 2 * shared)
+    return max(distance, 0.0)  # rounding may lead below
 
 
 def square_root(matrix: Features) -> Features:

@@ -242,7 +242,7 @@ class Blur:
             label="Blur (no reference)",
             better="lower",
             protocol="perceptual blur of Crete et al. 2007, 0 sharp to 1 blurred, without a reference: scikit-image "
-            f"{version('scikit-image')} blur_effect, h_size 11, mean over red, green and blue of 8 bits",
+            f"{version('scikit-image')} blur_effect, h_size 11, on its rgb2gray",
         )
 
     def __call__(self, image: Pixels, original: Pixels | None) -> float:
@@ -251,7 +251,7 @@ class Blur:
 
         if (image == image[:1, :1]).all():
             raise InputError("it is of one colour, so its blur is not defined")
-        return sum(float(blur_effect(image[..., channel], h_size=11)) for channel in range(3)) / 3
+        return float(blur_effect(image, h_size=11, channel_axis=-1))
 
 
 def given(original: Pixels | None) -> Pixels:
