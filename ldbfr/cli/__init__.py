@@ -1,4 +1,4 @@
-"""The command line: `ldbfr restore|train|export|convert|presets|testset|evaluate|archive`."""
+"""The command line: `ldbfr restore|train|export|convert|presets|testset|evaluate|ablations|step-budget|archive`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 from ldbfr.cli.archive import ArchiveCommands
 from ldbfr.cli.evaluate import Evaluate
 from ldbfr.cli.restore import Restore
+from ldbfr.cli.studies import Ablations, StepBudget
 from ldbfr.cli.train import StageChoice, Train
 from ldbfr.cli.weights import Convert, Export, Presets
 from ldbfr.errors import LDBFRError
@@ -30,6 +31,8 @@ def main() -> None:
         | Presets
         | Annotated[TestSetCommand, tyro.conf.subcommand("testset")]
         | Evaluate
+        | Ablations
+        | StepBudget
         | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")],
         prog="ldbfr",
         description="Blind face restoration with LD-BFR.",

@@ -5,10 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ldbfr.config import check_range
 from ldbfr.evaluation.request import Request, carry_out
 from ldbfr.places import absolute
+
+if TYPE_CHECKING:
+    from ldbfr.evaluation.engine import Execution
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,14 @@ class Evaluate(Request):
 
     def __call__(self) -> int:
         """Measure, and say where the report is."""
-        from ldbfr.evaluation.engine import on_this_machine
-        from ldbfr.evaluation.measuring import num_cores
         from ldbfr.evaluation.report_markdown import scores_table
         from ldbfr.lease import Lease
 
-        processes = num_cores() if self.processes is None else self.processes
-        check_range("--processes", processes, 1, 1024, "one for every core is the default")
+        execution = on_this_machine(self.processes)
         command = f"ldbfr {shlex.join(sys.argv[1:])}"
         evaluation = self.evaluation(command, prepare_torch(self.device, self.threads))
         with Lease.acquire(f"{absolute(self.output)}/_lease", f"`{command}`"):
-            results, page = carry_out(evaluation, on_this_machine(processes))
+            results, page = carry_out(evaluation, execution)
         print(scores_table(results, "all"))
         for missing in results.missing:
             print(f"not measured: {missing.name}: {missing.reason}")
@@ -59,3 +60,13 @@ def prepare_torch(device: str | None, threads: int | None) -> str:
     if threads is not None:
         torch.set_num_threads(threads)
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_this_machine(processes: int | None) -> Execution:
+    """The networks in this process, the metrics in as many as were asked for."""
+    from ldbfr.evaluation import engine
+    from ldbfr.evaluation.measuring import num_cores
+
+    count = num_cores() if processes is None else processes
+    check_range("--processes", count, 1, 1024, "one for every core is the default")
+    return engine.on_this_machine(count)

@@ -253,7 +253,7 @@ class Evaluation:
         missing += self.set_scores(entries, scores)
         storage.write_bytes(storage.join(self.output, ROWS_FILE), ("\n".join(lines) + "\n").encode())
         found = {name for by_split in scores.values() for values in by_split.values() for name in values}
-        measures = [metric.measure for metric in (*self.metrics.pair, *self.metrics.sets)]
+        measures = [*(one.measure for one in self.metrics.pair), *(one.measure for one in self.metrics.sets)]
         for one in measures:
             if one.name not in found and not any(known.name == one.name for known in missing):
                 missing.append(Missing(name=one.name, reason="the test set has no originals to measure against"))
@@ -283,6 +283,11 @@ class Evaluation:
             assert values is not None  # all are measured
             rows += [Row(restorer, entry, values[entry.name]) for entry in batch.entries]
         return rows
+
+    def all_rows(self) -> list[Row]:
+        """What was measured on each image of each restorer."""
+        batches = batches_of(self.entries(), self.batch_size)
+        return [row for restorer in self.restorers for row in self.rows(restorer.name, batches)]
 
     def scores(self, rows: Sequence[Row]) -> dict[str, dict[str, Score]]:
         """Split -> metric -> mean and interval."""

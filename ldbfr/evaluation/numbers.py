@@ -64,6 +64,13 @@ def column(results: Results, split: str, measure: Measure) -> dict[str, Score]:
     return {name: own[measure.name] for name, own in scores.items() if measure.name in own}
 
 
+def restricted(results: Results, only: Sequence[str]) -> Results:
+    """The results of some restorers, in that order; of all where none is named."""
+    if not only:
+        return results
+    return results.model_copy(update={"restorers": {name: results.restorers[name] for name in only}})
+
+
 def remarks(results: Results, split: str) -> Sequence[str]:
     """What has to be said beside the numbers of a split, each thing once."""
     said = []

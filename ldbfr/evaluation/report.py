@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from ldbfr import pages, storage
 from ldbfr.evaluation.gallery import Gallery, Shown
-from ldbfr.evaluation.numbers import best_of, column, heading, number, remarks, span, split_title, splits
+from ldbfr.evaluation.numbers import best_of, column, heading, number, remarks, restricted, span, split_title, splits
 from ldbfr.evaluation.published import TABLES, WARNING
 from ldbfr.evaluation.report_markdown import markdown, write_sheets
 from ldbfr.evaluation.results import Measure, Results, Score
@@ -106,8 +106,9 @@ def scores_section(results: Results, split: str) -> str:
     return f"<section><h2>{text(title)}</h2>{said}{scores_table(results, split, title)}</section>"
 
 
-def scores_table(results: Results, split: str, label: str) -> str:
-    """Restorers × measures, and the time of an image."""
+def scores_table(results: Results, split: str, label: str, only: Sequence[str] = ()) -> str:
+    """Restorers × measures, and the time of an image; of some restorers only, where `only` names them."""
+    results = restricted(results, only)
     measures = [measure for measure in results.measures if column(results, split, measure)]
     best = {measure.name: best_of(column(results, split, measure), measure) for measure in measures}
     timed = bool(results.seconds)
@@ -146,6 +147,12 @@ def pictures_section(title: str, shown: Sequence[Shown], columns: Sequence[str],
     if not shown:
         return ""
     said = f"<p>{text(said)}</p>" if said else ""
+    grid = pictures_grid(shown, columns, title)
+    return f'<section class="long"><h2>{text(title)}</h2>{said}{grid}</section>'
+
+
+def pictures_grid(shown: Sequence[Shown], columns: Sequence[str], label: str) -> str:
+    """Rows of pictures, each under its name."""
     count = min(len(columns), _COLUMNS)
     kept = [*range(count - 1), len(columns) - 1]  # the original is always shown
     heads = "".join(f"<div>{name(columns[place], 40)}</div>" for place in kept)
@@ -153,7 +160,7 @@ def pictures_section(title: str, shown: Sequence[Shown], columns: Sequence[str],
     for row in shown:
         figures = "".join(_figure(row, columns, place) for place in kept)
         grid += f'<p class="of">{name(row.name, 60)}</p><div class="shown" style="--columns: {count}">{figures}</div>'
-    return f'<section class="long"><h2>{text(title)}</h2>{said}{scrolling(grid, title)}</section>'
+    return scrolling(grid, label)
 
 
 def _figure(row: Shown, columns: Sequence[str], place: int) -> str:

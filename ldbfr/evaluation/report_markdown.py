@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ldbfr import storage
 from ldbfr.evaluation.gallery import Gallery, Shown
-from ldbfr.evaluation.numbers import best_of, column, heading, number, remarks, span, split_title, splits
+from ldbfr.evaluation.numbers import best_of, column, heading, number, remarks, restricted, span, split_title, splits
 from ldbfr.evaluation.published import TABLES, WARNING
 from ldbfr.evaluation.results import Results
 from ldbfr.images import encode_image
@@ -22,14 +22,15 @@ def write_sheets(output: str, gallery: Gallery) -> dict[str, str]:
         (f"At random: {split}", split, shown) for split, shown in gallery.random
     ]
     groups.append((f"Worst of {gallery.worst_of}", "worst", gallery.worst))
-    sheets = {}
-    for title, name, shown in groups:
-        if shown:
-            sheet = contact_sheet([row.pictures for row in shown], gallery.columns, [row.name for row in shown], 160)
-            path = f"{PICTURES_FOLDER}/{name}.jpg"
-            storage.write_bytes(storage.join(output, path), encode_image(sheet, "jpeg", quality=90))
-            sheets[title] = path
-    return sheets
+    return {title: write_sheet(output, name, shown, gallery.columns) for title, name, shown in groups if shown}
+
+
+def write_sheet(output: str, name: str, shown: Sequence[Shown], columns: Sequence[str]) -> str:
+    """Write one sheet; its path relative to the report."""
+    sheet = contact_sheet([row.pictures for row in shown], columns, [row.name for row in shown], 160)
+    path = f"{PICTURES_FOLDER}/{name}.jpg"
+    storage.write_bytes(storage.join(output, path), encode_image(sheet, "jpeg", quality=90))
+    return path
 
 
 def markdown(
@@ -64,8 +65,9 @@ def markdown(
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
 
 
-def scores_table(results: Results, split: str) -> str:
-    """Restorers × measures, and the time of an image."""
+def scores_table(results: Results, split: str, only: Sequence[str] = ()) -> str:
+    """Restorers × measures, and the time of an image; of some restorers only, where `only` names them."""
+    results = restricted(results, only)
     measures = [measure for measure in results.measures if column(results, split, measure)]
     best = {measure.name: best_of(column(results, split, measure), measure) for measure in measures}
     heads = ["restorer", *(heading(measure) for measure in measures), *(["ms/image"] if results.seconds else [])]

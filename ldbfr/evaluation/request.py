@@ -5,10 +5,9 @@ Nothing heavy is imported before it is asked for, so that a command's help comes
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -17,10 +16,9 @@ from ldbfr.places import absolute
 
 if TYPE_CHECKING:
     from ldbfr.evaluation.engine import Evaluation, Execution, Metrics
-    from ldbfr.evaluation.report import Section
     from ldbfr.evaluation.results import Restorer, Results, TestSet
 
-log = logging.getLogger(__name__)
+Framing = Literal["tight", "ffhq"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Measured:
     metrics: tuple[str, ...] = ()
     """Names of metrics, such as psnr ssim lpips-alex fid identity pyiqa:musiq; the usual ones when left out. What
     cannot be had is listed in the report with the reason."""
-    framing: Literal["tight", "ffhq"] | None = None
+    framing: Framing | None = None
     """How the faces are framed, for dlib's networks; as the test set says, or else as the weights have it."""
     reference: str | None = None
     """Folder of images, or statistics file (.npz), for fid-reference and kid-reference."""
@@ -47,7 +45,7 @@ class Measured:
     force: bool = False
     """Give Fréchet distances of too few images too, marked."""
 
-    def make(self, framing: Literal["tight", "ffhq"], device: str) -> Metrics:
+    def make(self, framing: Framing, device: str) -> Metrics:
         """The metrics that can be had, and those that cannot.
 
         Args:
@@ -64,19 +62,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What both commands take."""
+class TestSetRequest:
+    """A test set, what is measured on it, and where the results go: what every such command takes."""
+
+    __test__: ClassVar[bool] = False  # by its name, pytest takes it for one of its own
 
     testset: Annotated[str, tyro.conf.Positional]
     """A set of `ldbfr testset`, or a folder of low-quality images: local or s3://."""
     output: str
     """Folder or s3://bucket/prefix for results.json, rows.jsonl, report.html, report.md and the restored images."""
-    restorers: tuple[str, ...] = ()
-    """What is measured: input, first-stage, names or folders of weights, with options as in
-    faces_128@steps=8,scheduler=ddim,start=450 (also condition, color, seed, resize), and NAME=FOLDER with another
-    method's PNG files. When left out: input, first-stage and --weights."""
-    weights: str = DEFAULT_WEIGHTS
-    """Name of weights that come with ldbfr, or a folder of `ldbfr export`."""
     measured: Annotated[Measured, tyro.conf.OmitArgPrefixes] = field(default_factory=Measured)
     hq: str | None = None
     """Folder of the originals, by the same names, where the test set is a folder of low-quality images."""
@@ -95,72 +89,83 @@ class Request:
 
         return open_testset(absolute(self.testset), self.hq and absolute(self.hq), self.kind)
 
-    def evaluation(
-        self, command: str, device: str, restorers: Sequence[Restorer] | None = None, measuring: str | None = None
+    def evaluate(
+        self,
+        restorers: Sequence[Restorer],
+        template: Framing,
+        devices: tuple[str, str],
+        settings: Mapping[str, Any],
     ) -> Evaluation:
         """All that was asked for, checked as far as it can be before the work.
 
         Args:
-            command: that does it again.
-            device: where networks run.
-            restorers: other than those that were named.
-            measuring: where the metrics' networks run, if elsewhere.
+            restorers: what is measured.
+            template: framing of the faces, where neither the options nor the test set say it.
+            devices: where the restorers' networks run, and the metrics'.
+            settings: what the results should state.
 
         Raises:
             LDBFRError: something is not to be had, or does not fit.
         """
         from ldbfr.evaluation.engine import Evaluation
-        from ldbfr.evaluation.restorers import parse_restorers, read_weights
 
         check_range("--batch-size", self.batch_size, 1, 4096, "16 suits a CPU")
         if self.limit is not None:
             check_range("--limit", self.limit, 1, 10**7, "leave it out for all images")
-        if restorers is None:
-            named = self.restorers or ("input", "first-stage", self.weights)
-            restorers = parse_restorers(named, self.weights, device, self.seed)
         test_set = self.test_set()
-        framing = test_set.about.get("settings", {}).get("framing") or read_weights(self.weights)[0].template
+        framing = test_set.about.get("settings", {}).get("framing") or template
         return Evaluation(
             test_set=test_set,
             restorers=restorers,
-            metrics=self.measured.make(framing, measuring or device),
+            metrics=self.measured.make(framing, devices[1]),
             output=absolute(self.output),
             batch_size=self.batch_size,
             limit=self.limit,
             seed=self.seed,
-            settings={"command": command, "seed": self.seed, "device": device},
+            settings={**settings, "seed": self.seed, "device": devices[0]},
         )
 
 
-SectionsOf = Callable[["Results"], "Sequence[Section]"]
+@dataclass(frozen=True)
+class Request(TestSetRequest):
+    """What both ways to evaluate take."""
+
+    restorers: tuple[str, ...] = ()
+    """What is measured: input, first-stage, names or folders of weights, with options as in
+    faces_128@steps=8,scheduler=ddim,start=450 (also condition, color, seed, resize), and NAME=FOLDER with another
+    method's PNG files. When left out: input, first-stage and --weights."""
+    weights: str = DEFAULT_WEIGHTS
+    """Name of weights that come with ldbfr, or a folder of `ldbfr export`."""
+
+    def evaluation(self, command: str, device: str, measuring: str | None = None) -> Evaluation:
+        """See `evaluate`.
+
+        Args:
+            command: that does it again.
+            device: where networks run.
+            measuring: where the metrics' networks run, if elsewhere.
+        """
+        from ldbfr.evaluation.restorers import parse_restorers, read_weights
+
+        named = self.restorers or ("input", "first-stage", self.weights)
+        restorers = parse_restorers(named, self.weights, device, self.seed)
+        template = read_weights(self.weights)[0].template
+        return self.evaluate(restorers, template, (device, measuring or device), {"command": command})
 
 
-def carry_out(
-    evaluation: Evaluation,
-    execution: Execution,
-    title: str = "Evaluation report",
-    sections: SectionsOf = lambda _: (),
-    options: Mapping[str, Any] | None = None,
-) -> tuple[Results, str]:
+def carry_out(evaluation: Evaluation, execution: Execution) -> tuple[Results, str]:
     """Evaluate, and write the reports; the results and the place of report.html.
 
     Args:
-        evaluation: what is evaluated.
+        evaluation: what is evaluated; the worst images shown are those of the last restorer.
         execution: who does the work.
-        title: of the reports.
-        sections: what stands before the scores, made from them.
-        options: of `make_gallery`.
     """
     from ldbfr.evaluation.gallery import make_gallery
     from ldbfr.evaluation.report import write_reports
-    from ldbfr.evaluation.work import batches_of
 
     results = evaluation(execution)
-    batches = batches_of(evaluation.entries(), evaluation.batch_size)
-    rows = [row for restorer in evaluation.restorers for row in evaluation.rows(restorer.name, batches)]
     main = evaluation.restorers[-1].name
-    gallery = make_gallery(
-        evaluation.test_set, rows, results.measures, evaluation.output, **{"worst_of": main, **(options or {})}
-    )
-    page, _ = write_reports(evaluation.output, results, gallery, title, sections(results))
+    rows = evaluation.all_rows()
+    gallery = make_gallery(evaluation.test_set, rows, results.measures, evaluation.output, main)
+    page, _ = write_reports(evaluation.output, results, gallery)
     return results, page
