@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from ldbfr.errors import ConfigError, InputError
-from ldbfr.evaluation.pairing import ImageFiles, pair, pair_results
+from ldbfr.evaluation.pairing import ImageFiles, pair
 from ldbfr.evaluation.reading import decode_exactly, pixels_digest
-from ldbfr.evaluation.results import Entry
 from ldbfr.evaluation.testsets import PairedFolders, open_testset
 from ldbfr.images import encode_image
 
@@ -74,26 +73,6 @@ def test_an_empty_folder_and_a_set_with_originals_given_too(tmp_path: Path) -> N
         open_testset(str(tmp_path / "ours"), str(tmp_path / "lq"))
     with pytest.raises(InputError, match="is damaged, or of another version"):
         open_testset(str(tmp_path / "ours"))
-
-
-ENTRIES = [Entry(name=f"{split}/{name}", split=split, lq="") for split, name in (("mild", "a"), ("severe", "b"))]
-
-
-def test_results_are_found_by_whole_names_or_by_the_last_part(tmp_path: Path) -> None:
-    whole = folder(tmp_path / "whole", "mild/a.png", "severe/b.png")
-    last = folder(tmp_path / "last", "a.png", "b.png")
-    assert pair_results(ENTRIES, whole)["mild/a"].endswith("whole/mild/a.png")
-    assert pair_results(ENTRIES, last)["severe/b"].endswith("last/b.png")
-    with pytest.raises(InputError, match=r"1 missing: severe/b. 1 that the test set does not have: c"):
-        pair_results(ENTRIES, folder(tmp_path / "bad", "mild/a.png", "c.png"))
-    with pytest.raises(InputError, match=r"1 names come twice.*a \(a.jpg and a.png\)"):
-        pair_results(ENTRIES, folder(tmp_path / "twice", "a.png", "a.jpg", "b.png"))
-
-
-def test_the_last_part_does_where_it_tells_all_entries_apart_only(tmp_path: Path) -> None:
-    entries = [*ENTRIES, Entry(name="severe/a", split="severe", lq="")]
-    with pytest.raises(InputError, match=r"3 missing: mild/a, severe/a, severe/b. 2 that the test set does not have"):
-        pair_results(entries, folder(tmp_path / "last", "a.png", "b.png"))
 
 
 def test_grey_of_8_bits_becomes_rgb_without_loss() -> None:

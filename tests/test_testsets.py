@@ -23,8 +23,8 @@ from ldbfr.evaluation.building import ManifestRow, Plan, build_testset, read_row
 from ldbfr.evaluation.framing import tight_crop, tight_part
 from ldbfr.evaluation.testset_command import TestSetCommand
 from ldbfr.evaluation.testsets import BuiltTestSet, PlainFolder, open_testset
-from ldbfr.faces import TEMPLATES
-from ldbfr.images import decode_image, encode_image
+from ldbfr.faces import DETECTOR_FILE, TEMPLATES, YuNet
+from ldbfr.images import decode_image, encode_image, resize
 from tests.tiny import blob_faces
 
 SIDE = 32
@@ -200,6 +200,19 @@ def test_the_tight_frame_is_where_the_templates_say() -> None:
     assert tight_crop(face).shape == (339, 339, 3)
     with pytest.raises(InputError, match="a frame is a square; align it first"):
         tight_crop(face[:500])
+
+
+def test_real_faces_cut_out_of_ffhqs_frame_are_framed_as_tight_ones(shared_data: Path) -> None:
+    detector = YuNet(shared_data / "weights" / DETECTOR_FILE.name)
+    files = sorted((shared_data / "celebahq512").glob("*.jpg"))[:16]
+    faces = [resize(tight_crop(decode_image(file.read_bytes(), name=file.name)), 256, 256) for file in files]
+    found = []
+    for face in faces:
+        around = np.full((384, 384, 3), 128, np.uint8)
+        around[64:320, 64:320] = face
+        found += [(np.array(one.landmarks) - 64 + 0.5) / 256 for one in detector(around)[:1]]
+    assert len(found) >= 14
+    assert np.abs(np.median(found, axis=0) - (np.array(TEMPLATES["tight"]) + 0.5) / 512).max() < 0.03
 
 
 def test_a_tight_set_is_cut_out_of_wide_faces_but_not_of_tight_ones(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from ldbfr import storage
 from ldbfr.errors import InputError
 from ldbfr.evaluation.reading import size_of_image
-from ldbfr.evaluation.results import Entry
 from ldbfr.inputs.keys import is_image
 from ldbfr.storage import ObjectInfo
 
@@ -109,32 +108,3 @@ def sizes_that_differ(pairs: Iterable[tuple[ObjectInfo, ObjectInfo, str]]) -> li
 
     with ThreadPoolExecutor(READERS) as pool:
         return [line for line in pool.map(compare, pairs) if line is not None]
-
-
-def pair_results(entries: Sequence[Entry], place: str) -> dict[str, str]:
-    """Where another method's results for the images of a test set are, by the entries' names.
-
-    A result is called as its entry ("mild/000012.png"), or, where that tells all entries apart, as the last part of
-    its name ("000012.png").
-
-    Raises:
-        InputError: listing the results that are missing, are too many or come twice.
-        StorageError: the folder cannot be listed.
-    """
-    results = ImageFiles.of(place)
-    results.check_doubled()
-    by_whole = {entry.name: entry.name for entry in entries}
-    by_last = {entry.name.rpartition("/")[2]: entry.name for entry in entries}
-    names = by_whole
-    if len(by_last) == len(entries) and len(results.files.keys() & by_last) > len(results.files.keys() & by_whole):
-        names = by_last
-    missing = sorted(names.keys() - results.files.keys())
-    extra = sorted(results.files.keys() - names.keys())
-    if missing or extra:
-        faults = [f"{len(missing):,} missing: {listed(missing)}"] if missing else []
-        faults += [f"{len(extra):,} that the test set does not have: {listed(extra)}"] if extra else []
-        raise InputError(
-            f"{place} does not hold the results of this test set. {'. '.join(faults)}. Name each result as the "
-            "low-quality image that it was made from"
-        )
-    return {names[name]: info.uri for name, info in results.files.items()}
