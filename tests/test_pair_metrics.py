@@ -186,10 +186,23 @@ def test_what_cannot_be_had_is_missing_and_says_what_to_supply(tmp_path: Path, m
     reasons = {one.name: one.reason for one in missing}
     assert "supply alexnet-owt-7be5be79.pth (244,408,911 bytes" in reasons["lpips-alex"]
     assert "supply weights-inception-2015-12-05-6726825d.pth" in reasons["fid"]
-    assert "pip install 'ldbfr[iqa]'" in reasons["pyiqa:niqe"]
+    assert "pip install 'ldbfr[iqa]'" in reasons["pyiqa:niqe"] or "forbids the download" in reasons["pyiqa:niqe"]
     names = [metric.measure.name for metric in (*pairs, *sets)]
     assert {*names, *reasons} == {*DEFAULT_METRICS, "pyiqa:niqe"}
     assert {"psnr", "ssim", "sharpness", "blur"} <= {*names}
+
+
+def test_pyiqas_metrics_are_its_own_and_download_nothing_where_that_is_forbidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyiqa", reason="the extra `iqa` is not installed")
+    monkeypatch.setenv("LDBFR_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    pairs, _, missing = make_metrics(["pyiqa:psnr", "pyiqa:niqe", "pyiqa:nothing"])
+    assert pairs[0](NOISY, FACE) == pytest.approx(PSNR()(NOISY, FACE), abs=1e-3)
+    assert pairs[0].measure.better == "higher"
+    assert "$LDBFR_OFFLINE forbids the download of" in missing[0].reason
+    assert "pyiqa has no metric 'nothing'" in missing[1].reason
 
 
 def test_names_are_checked() -> None:

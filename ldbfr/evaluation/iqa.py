@@ -1,13 +1,15 @@
 """Metrics of pyiqa as an optional extra.
 
 pyiqa is under the PolyForm Noncommercial licence, and so are numbers that a product would be built on: extra `iqa`.
-It downloads weights itself, unchecked; with $LDBFR_OFFLINE only what it has already is used.
+It downloads weights itself, unchecked by ldbfr; with $LDBFR_OFFLINE only what it has already is used.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -68,13 +70,36 @@ def make(metric: str, device: str) -> Any:
         ConfigError: pyiqa has no such metric.
         WeightsError: its weights cannot be had.
     """
-    if os.environ.get("LDBFR_OFFLINE", "0") not in ("", "0"):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import pyiqa
 
     if metric not in pyiqa.list_models():
         raise ConfigError(f"pyiqa has no metric {metric!r}; its own: {', '.join(pyiqa.list_models())}")
     try:
-        return pyiqa.create_metric(metric, device=device)
+        with as_offline_as_asked():
+            return pyiqa.create_metric(metric, device=device)
     except (OSError, RuntimeError, ValueError) as error:  # what its downloads raise
         raise WeightsError(f"pyiqa cannot make {metric}: {error}; see its documentation for the weights") from error
+
+
+@contextmanager
+def as_offline_as_asked() -> Iterator[None]:
+    """Refuses pyiqa's downloads where $LDBFR_OFFLINE forbids them: it has no such switch of its own."""
+    if os.environ.get("LDBFR_OFFLINE", "0") in ("", "0"):
+        yield
+        return
+    import urllib.request
+
+    from pyiqa.utils import download_util
+
+    def refuse(url: Any, *_: Any, **__: Any) -> None:
+        raise OSError(f"$LDBFR_OFFLINE forbids the download of {url}")
+
+    places = ((download_util, "download_url_to_file"), (urllib.request, "urlopen"))
+    before = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, refuse)
+    try:
+        yield
+    finally:
+        for (module, name), function in zip(places, before, strict=True):
+            setattr(module, name, function)
