@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -110,12 +111,14 @@ class SetsHere:
 
 @dataclass(frozen=True)
 class EachItem:
-    """A step as a function, which can be sent to a process."""
+    """A step as a function, which can be sent to a process; that process says how far it is, as this one does."""
 
     step: Callable[[Any], Iterator[Any]]
 
     def __call__(self, item: Any) -> list[Any]:
         """All that the step gives for an item."""
+        if parent_process() is not None:
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
         return list(self.step(item))
 
 

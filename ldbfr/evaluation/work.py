@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ from ldbfr.errors import InputError
 from ldbfr.evaluation.measuring import Pair, measure
 from ldbfr.evaluation.results import Entry, Measure, PairMetric, Restorer, SetMetric, TestSet
 from ldbfr.images import Pixels, decode_image, encode_image
+from ldbfr.progress import Progress, Tally
+
+log = logging.getLogger(__name__)
 
 ALL = "all"
 """The split that holds every image."""
@@ -197,7 +201,12 @@ class SetStep:
         splits = splits_of(self.entries)
         own = {split: [metric.fresh() for metric in self.metrics] for split in splits}
         places = Places(self.output, restorer)
+        log.info("%s: measuring sets of %s images", restorer, f"{len(self.entries):,}")
+        tally = Tally(len(self.entries))
+        progress = Progress(tally)
         for entry in self.entries:
+            tally.restored += 1
+            progress.update()
             _, original = self.test_set.read(entry)
             image = places.read_image(entry.name)
             for split in {ALL, entry.split}:
