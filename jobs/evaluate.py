@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = "python jobs/evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
         check(request)
-        request.evaluation(command, "cpu")  # what cannot work is refused before Ray starts
+        asked = request.evaluation(command, "cpu")
+        asked.check(asked.entries())  # what cannot work is refused before Ray starts
         with Lease.acquire(f"{absolute(request.output)}/_lease", f"`{command}`"), ExitStack() as stack:
             return evaluate(request, command, stack)
     except LDBFRError as error:

@@ -123,7 +123,27 @@ def test_what_cannot_work_is_refused_before_ray_starts(
         (["--limit", "0"], "--limit 0"),
         (["--restorers", "faces_129"], "no weights 'faces_129'"),
         (["--metrics", "beauty"], "no metric 'beauty'"),
+        (["--restorers", "faces_64"], "faces_64 restores faces of 64 px, the test set's have 32 px"),
+        (["--restorers", f"other={test_set}/hq"], "no result for 15 of 15 images"),
     ):
         assert job([*given, *options]) == EXIT_FAILED
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_in_one_line_before_anything_is_written(
+    test_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options, said in (
+        ([], "first-stage restores faces of 128 px, the test set's have 32 px: make one with `ldbfr testset --side 128`"),
+        (["--restorers", "input", "--processes", "0"], "--processes 0: expected 1"),
+        (["--restorers", "input", "--batch-size", "0"], "--batch-size 0: expected 1"),
+        (["--restorers", "input", "--kind", "lfw"], "LFW-Test"),
+    ):
+        arguments = ["ldbfr", "evaluate", test_set, "--output", str(tmp_path / "out"), "--metrics", "psnr", *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            command()
+        assert str(ended.value.code).startswith("ldbfr: ")
+        assert said in str(ended.value.code)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from ldbfr.evaluation.engine import Evaluation, on_this_machine
 from ldbfr.evaluation.gallery import RANDOM, WORST, Gallery, make_gallery
 from ldbfr.evaluation.numbers import best_of, number, split_title, splits
 from ldbfr.evaluation.published import TABLE_1, TABLE_2
-from ldbfr.evaluation.report import document, write_reports
+from ldbfr.evaluation.report import document, pictures_grid, write_reports
 from ldbfr.evaluation.report_markdown import markdown, table
 from ldbfr.evaluation.restorers import InputItself
 from ldbfr.evaluation.results import Measure, Missing, Results, Score
@@ -167,6 +167,14 @@ def test_markdown_shows_the_pictures_that_were_written(tmp_path: Path) -> None:
 
 
 # ---- pictures ----
+
+
+def test_the_original_and_as_many_results_as_can_be_judged_are_side_by_side(tmp_path: Path) -> None:
+    _, gallery = evaluated(tmp_path, MANY)
+    assert len(gallery.columns) == 13
+    html = pictures_grid(gallery.random[0][1], gallery.columns, "x")
+    heads = re.findall(r'<div><bdi dir="auto">([^<]*)', html)
+    assert heads == ["input", *MANY[:10], "original"]
 
 
 def test_a_gallery_shows_input_results_and_original_of_random_and_worst_images(tmp_path: Path) -> None:

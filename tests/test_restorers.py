@@ -71,7 +71,10 @@ def test_the_first_stage_is_the_weights_without_a_step() -> None:
 def test_a_folder_has_its_name_before_the_equals_sign(weights: str) -> None:
     folder = parse_restorer("CodeFormer=results/code@former/", weights, "cpu", 0)
     assert isinstance(folder, FolderRestorer)
-    assert (folder.name, folder.folder) == ("CodeFormer", "results/code@former/")
+    assert (folder.name, folder.folder) == ("CodeFormer", str(Path("results/code@former").absolute()))
+    bucket = parse_restorer("DR2=s3://bucket/dr2/", weights, "cpu", 0)
+    assert isinstance(bucket, FolderRestorer)
+    assert bucket.folder == "s3://bucket/dr2"
     assert isinstance(parse_restorer("input", weights, "cpu", 0), InputItself)
 
 

@@ -148,6 +148,7 @@ def test_the_ablations_train_share_evaluate_and_go_on(
     [
         (["--scale", "0"], "--scale 0.0: expected above 0"),
         (["--preset", "huge"], "no preset 'huge'"),
+        (["--preset", "faces_64"], "has faces of 32 px, the preset trains for 64 px"),
         (["--base", "nowhere"], "nowhere is no training run"),
         (["--base", "nowhere", "--set", "side=64"], "do not go with --base"),
     ],

@@ -44,6 +44,7 @@ class Evaluate(Request):
         execution = on_this_machine(self.processes)
         command = f"ldbfr {shlex.join(sys.argv[1:])}"
         evaluation = self.evaluation(command, prepare_torch(self.device, self.threads))
+        evaluation.check(evaluation.entries())  # before anything is written
         with Lease.acquire(f"{absolute(self.output)}/_lease", f"`{command}`"):
             results, page = carry_out(evaluation, execution)
         print(scores_table(results, "all"))

@@ -69,7 +69,7 @@ class Ablations(TestSetRequest):
         from ldbfr.training.run import parse_init
         from ldbfr.training.runtime import SingleProcess
 
-        self.test_set()  # a mistyped place should not wait for a training
+        self.check_side(preset.side)  # which should not wait for a training
         images = open_faces(self.data, preset.side, "train")
         training = Training(preset, images, Path(absolute(self.output)), self.base, parse_init(self.init))
         training.check()
@@ -87,6 +87,20 @@ class Ablations(TestSetRequest):
         print(scores_table(results, "all"))
         print(page)
         return 0
+
+    def check_side(self, side: int) -> None:
+        """Refuse a test set of another side than the preset's.
+
+        Raises:
+            LDBFRError: naming both sides, or why the test set cannot be read.
+        """
+        test_set = self.test_set()
+        found = test_set.read(test_set.entries[0])[0].shape[0]
+        if found != side:
+            raise ConfigError(
+                f"{self.testset} has faces of {found} px, the preset trains for {side} px: make a test set with "
+                f"`ldbfr testset --side {side}`"
+            )
 
     def resolved(self) -> Preset:
         """The preset of the full model.
@@ -163,6 +177,7 @@ class StepBudget(TestSetRequest):
         restorers = restorers_of(self.weights, self.steps, self.schedulers, device, **options)
         template = read_weights(self.weights)[0].template
         evaluation = self.evaluate(restorers, template, (device, device), {"command": command})
+        evaluation.check(evaluation.entries())  # before anything is written
         with Lease.acquire(f"{absolute(self.output)}/_lease", f"`{command}`"):
             results, choice, page = study(evaluation, self.steps, self.schedulers, on_this_machine(self.processes))
         print(scores_table(results, "all"))

@@ -17,7 +17,7 @@ from ldbfr.images import encode_image
 from ldbfr.pages import facts, flat, name, picture, plain, text
 
 REPORT_FILE, MARKDOWN_FILE = "report.html", "report.md"
-_COLUMNS = 9
+_COLUMNS = 12
 """Pictures side by side; more would be too small to judge."""
 
 

@@ -28,6 +28,7 @@ from ldbfr.errors import ConfigError, InputError, WeightsError
 from ldbfr.evaluation.reading import read_image
 from ldbfr.evaluation.results import Entry, Restorer
 from ldbfr.images import IMAGE_SUFFIXES, Pixels, resize
+from ldbfr.places import absolute
 from ldbfr.weights import PRESET_FILE, find_weights, manifest_digest, read_manifest
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ def parse_restorer(text: str, weights: str, device: str, seed: int) -> Restorer:
     if equals and "@" not in name:
         if not name or not folder:
             raise ConfigError(f"restorer {text!r}: expected NAME=FOLDER, such as CodeFormer=results/codeformer/")
-        return FolderRestorer(name, folder)
+        return FolderRestorer(name, absolute(folder))
     if text == "input":
         return InputItself()
     given = {"seed": seed} | parse_options(text, options if at else None)
