@@ -135,7 +135,7 @@ def test_the_command_refuses_in_one_line_before_anything_is_written(
     test_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for options, said in (
-        ([], "first-stage restores faces of 128 px, the test set's have 32 px: make one with `ldbfr testset --side 128`"),
+        ([], "first-stage restores faces of 128 px, the test set's have 32 px: make one with `ldbfr"),
         (["--restorers", "input", "--processes", "0"], "--processes 0: expected 1"),
         (["--restorers", "input", "--batch-size", "0"], "--batch-size 0: expected 1"),
         (["--restorers", "input", "--kind", "lfw"], "LFW-Test"),
