@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,8 +118,10 @@ def test_the_ablations_train_share_evaluate_and_go_on(
 ) -> None:
     output = tmp_path / "study"
     command = ("ablations", test_set, "--data", faces, "--output", output, "--preset", "tiny", *MEASURED)
+    heard = signal.getsignal(signal.SIGINT)
     code, said = ldbfr(*command)
     assert code == 0
+    assert signal.getsignal(signal.SIGINT) is heard
     assert said.strip().endswith("report.html")
     results = Results.model_validate_json((output / "results.json").read_text("utf-8"))
     assert len(results.restorers) == 1 + 4 * 2 + 3

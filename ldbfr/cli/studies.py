@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +25,18 @@ if TYPE_CHECKING:
     from ldbfr.config import Preset
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Whoever hears Ctrl-C and termination within it, afterwards it is as before."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -76,10 +92,11 @@ class Ablations(TestSetRequest):
         variants = chosen_variants(self.compare)
         command = f"ldbfr {shlex.join(sys.argv[1:])}"
         with Lease.acquire(f"{absolute(self.output)}/_lease", f"`{command}`") as lease:
-            runtime = SingleProcess(device)
-            runtime.check = lease.check
-            if not training.train(variants, runtime):
-                return 130
+            with signals_kept():  # a training asks for a checkpoint at Ctrl-C, what comes after it just ends
+                runtime = SingleProcess(device)
+                runtime.check = lease.check
+                if not training.train(variants, runtime):
+                    return 130
             settings = {"command": command, **settings_of(training, variants)}
             restorers = restorers_of(training, variants, device, self.seed)
             evaluation = self.evaluate(restorers, preset.template, (device, device), settings)
