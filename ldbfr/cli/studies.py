@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import signal
 import sys
@@ -23,8 +22,6 @@ from ldbfr.places import absolute
 
 if TYPE_CHECKING:
     from ldbfr.config import Preset
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
