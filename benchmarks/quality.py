@@ -32,7 +32,8 @@ from benchmarks.machine import machine
 from ldbfr.data.index import FaceImages
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.evaluation.frechet import frechet_distance
-from ldbfr.evaluation.metrics import IDENTITY_SIDE, IdentityModel, psnr, sharpness
+from ldbfr.evaluation.metrics import psnr, sharpness
+from ldbfr.evaluation.portraits import Portrait, identity_distance, landmark_distance, portray, tone_angle
 from ldbfr.images import Pixels
 from ldbfr.pipeline import LDBFRPipeline
 
@@ -67,22 +68,6 @@ class Quality:
     """JSON file for the results."""
 
 
-IDENTITY = IdentityModel()
-
-
-class Portrait(NamedTuple):
-    """What dlib sees in a face: its embedding (128,) and its landmarks (68, 2), in px of the 128 px version."""
-
-    embedding: np.ndarray
-    landmarks: np.ndarray
-
-
-def portray(image: Pixels) -> Portrait:
-    """A face as dlib sees it."""
-    shape = IDENTITY.landmarks(image)
-    return Portrait(IDENTITY.embed(image, shape), np.array([(point.x, point.y) for point in shape.parts()], float))
-
-
 def measure(task: tuple[Pixels, Pixels, Portrait | None]) -> tuple[list[float], np.ndarray | None]:
     """The figures of (image, original, how dlib sees the original) in the order of NAMES, and the embedding."""
     image, original, seen = task
@@ -90,31 +75,13 @@ def measure(task: tuple[Pixels, Pixels, Portrait | None]) -> tuple[list[float], 
     if seen is None:
         return figures, None
     own = portray(image)
-    figures.append(float(np.linalg.norm(own.embedding - seen.embedding)))
-    figures.append(float(np.linalg.norm(own.landmarks - seen.landmarks, axis=1).mean()))
+    figures += [identity_distance(own, seen), landmark_distance(own, seen)]
     return figures, own.embedding
 
 
 NAMES = ("psnr", "sharpness", "identity", "landmarks")
 TONES = (("light", 28.0, 90.0), ("tan", 10.0, 28.0), ("dark", -90.0, 10.0))
 """Groups by the individual typology angle in degrees: bounds of Del Bino and Bernerd 2013, six classes in three."""
-
-
-def tone_angle(image: Pixels, seen: Portrait) -> float:
-    """The individual typology angle arctan((L* - 50) / b*) of the cheeks, in degrees; higher is lighter.
-
-    Of a photo it is as much the light as the skin: good for groups, not for a person.
-    """
-    from skimage.color import rgb2lab
-
-    points = seen.landmarks * len(image) / IDENTITY_SIDE
-    patches = []
-    for side, nose, mouth in ((2, 31, 48), (14, 35, 54)):  # jaw, nostril and corner of the mouth, left and right
-        x, y = points[[side, nose, mouth]].mean(axis=0).astype(int)
-        radius = max(1, len(image) // 32)
-        patches.append(image[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1].reshape(-1, 3))
-    lightness, _, yellow = np.median(rgb2lab(np.concatenate(patches)), axis=0)
-    return float(np.degrees(np.arctan2(lightness - 50, max(yellow, 1e-3))))
 
 
 def by_tone(figures: np.ndarray, angles: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from ldbfr.archive.gallery import RANDOM, WORST, Gallery, wanted
 from ldbfr.archive.report import document, write_report
-from ldbfr.archive.report_page import amount, in_bytes, nice_scale, share, text
 from ldbfr.archive.rows import Picture, ResultRow, Status
 from ldbfr.archive.summary import CAUSES, EXAMPLES, OTHER_CAUSES, STEPS, Summary, summarise
 from ldbfr.errors import StorageError
 from ldbfr.images import encode_image
+from ldbfr.pages import amount, in_bytes, nice_scale, share, text
 from ldbfr.tables import write_rows
 
 if TYPE_CHECKING:

@@ -5,40 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from ldbfr import storage
+from ldbfr import pages, storage
 from ldbfr.archive.gallery import RANDOM, Gallery
 from ldbfr.archive.naming import MANIFEST_FOLDER, REPORT_FILE
-from ldbfr.archive.report_page import (
+from ldbfr.archive.report_page import chart, rate_unit
+from ldbfr.archive.rows import Picture
+from ldbfr.archive.summary import IDLE_MINUTES, STEPS, Cause, Example, Summary
+from ldbfr.pages import (
     amount,
     bar,
-    chart,
     counted,
     digest,
     facts,
+    flat,
     in_bytes,
     moment,
     name,
     picture,
     plain,
-    rate_unit,
     share,
     shortened,
     stacked,
     text,
 )
-from ldbfr.archive.rows import Picture
-from ldbfr.archive.summary import IDLE_MINUTES, STEPS, Cause, Example, Summary
 from ldbfr.progress import duration
 
 _INPUTS_SHOWN = 10
 _WORKERS_SHOWN = 12
 _CAUSES_SHOWN = 20
 _REASON = 600  # characters
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _NAME_OF_STEP = {"read": "Read and decode", "model": "Restore", "write": "Encode and write"}
 _SHORT = {"second": "s", "minute": "min"}
 NOTHING = "–"
@@ -95,21 +92,8 @@ def document(
         steps_section(summary),
         settings_section(output, about),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Restoration report, {status}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n"
-        f"{header(output, summary, status, finished=finished, num_done=num_done)}\n<main>\n"
-        + "\n".join(sections)
-        + f"\n</main>\n{footer(about)}\n</body>\n</html>\n"
-    )
-
-
-@cache
-def _style() -> str:
-    return files("ldbfr.archive").joinpath("report.css").read_text(encoding="utf-8")
+    head = header(output, summary, status, finished=finished, num_done=num_done)
+    return pages.document(f"Restoration report, {status}", head, sections, footer(about))
 
 
 def header(output: str, summary: Summary, status: str, *, finished: bool, num_done: int) -> str:
@@ -306,7 +290,7 @@ def _workers(summary: Summary) -> str:
 def settings_section(output: str, about: Mapping[str, Any]) -> str:
     """What made these results."""
     others = ("inputs", "weights")  # they stand beside these
-    settings = [(key, plain(value)) for key, value in _flat(about.get("settings") or {}) if key not in others]
+    settings = [(key, plain(value)) for key, value in flat(about.get("settings") or {}) if key not in others]
     table = facts(settings, "As they were given, or by default") if settings else ""
     return (
         '<section class="long"><h2>Settings</h2><div class="columns">'
@@ -341,12 +325,3 @@ def _started(iso: str) -> str:
         return moment(datetime.fromisoformat(iso).timestamp())
     except ValueError:  # of another version: shown as it is
         return text(iso)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as (a.b.c, value)."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -28,11 +28,18 @@ def frechet_distance(features: Features, reference: Features) -> float:
             raise InputError(f"{name} of shape {values.shape}: expected two sets of at least 2 vectors of one length")
         if not np.isfinite(values).all():
             raise InputError(f"{name} hold numbers that are not finite: leave those images out, and say so")
-    means = features.mean(axis=0) - reference.mean(axis=0)
+    means = [values.mean(axis=0) for values in (features, reference)]
     covariances = [np.atleast_2d(np.cov(values, rowvar=False)) for values in (features, reference)]
-    root = square_root(covariances[0])
-    shared = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariances[1] @ root), 0, None)).sum()
-    return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * shared)
+    return gaussian_distance(means[0], covariances[0], means[1], covariances[1])
+
+
+def gaussian_distance(mean: Features, covariance: Features, other_mean: Features, other_covariance: Features) -> float:
+    """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁C₂)^½) of two Gaussians: means (d,), covariances (d, d)."""
+    shift = mean - other_mean
+    root = square_root(covariance)
+    shared = np.sqrt(np.clip(np.linalg.eigvalsh(root @ other_covariance @ root), 0, None)).sum()
+    distance = float(shift @ shift + np.trace(covariance) + np.trace(other_covariance) - 2 * shared)
+    return max(distance, 0.0)  # rounding may lead below
 
 
 def square_root(matrix: Features) -> Features:

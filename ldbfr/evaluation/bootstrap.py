@@ -1,0 +1,38 @@
+"""Bootstrap intervals of a mean (Efron 1979; the percentile interval of Efron and Tibshirani 1993, chapter 13)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldbfr.errors import InputError
+from ldbfr.seeds import derive_seed
+
+RESAMPLES = 1000
+LEVEL = 0.95
+_AT_A_TIME = 50  # resamples drawn together: 3,000 images take 1.2 MB, 70,000 take 28 MB
+
+Numbers = NDArray[np.float64]
+
+
+def bootstrap_means(values: Numbers, resamples: int = RESAMPLES, seed: int = 0) -> Numbers:
+    """The means of `resamples` draws with replacement from (n,) numbers: (resamples,) float64.
+
+    The draws follow from the seed and n alone, so that sets of equal size are drawn alike, and differences between
+    restorers are those of the same images.
+    """
+    if not len(values):
+        raise InputError("no numbers to draw from: measure at least one image")
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
+    means = [
+        values[rng.integers(0, len(values), (min(_AT_A_TIME, resamples - start), len(values)))].mean(axis=1)
+        for start in range(0, resamples, _AT_A_TIME)
+    ]
+    return np.concatenate(means)
+
+
+def interval(values: Numbers, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the mean of (n,) finite numbers."""
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(bootstrap_means(values, resamples, seed), [tail, 100 - tail])
+    return float(low), float(high)

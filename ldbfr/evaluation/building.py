@@ -1,0 +1,399 @@
+"""Build a test set: low-quality images by equation (7) from a folder of faces, every draw stored.
+
+TEST SET/
+    building.json                settings, versions and names, written first; the set is unfinished without testset.json
+    hq/<name>.png                the originals at side S
+    lq/<split>/<name>.png        what is restored
+    parts/part-00000.jsonl       rows of finished images; gone once the set is
+    manifest.jsonl               one row for every low-quality image, in order of names
+    testset.json                 written last: settings, counts, versions, digest
+
+Which draw an image gets follows from (seed, split, index), as in `benchmarks/quality.py`; which third it is in from
+(seed, index). The files' bytes follow from the pixels (`ldbfr.evaluation.png`). The pixels rest on OpenCV's and numpy's
+arithmetic: it runs without the processor's extensions and IPP here, so that x86-64 machines agree as long as the
+versions of OpenCV and numpy do. The digest tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from typing import Any
+
+import cv2
+from pydantic import Field, ValidationError
+
+from ldbfr import storage
+from ldbfr.config import check_range
+from ldbfr.degradations import apply, degradation_generator, draw, get_profile
+from ldbfr.errors import ConfigError, InputError, LDBFRError
+from ldbfr.evaluation.framing import Framing, tight_crop
+from ldbfr.evaluation.measuring import in_processes, num_cores
+from ldbfr.evaluation.png import encode_png
+from ldbfr.evaluation.reading import decode_exactly, pixels_digest
+from ldbfr.evaluation.results import Record
+from ldbfr.evaluation.sources import list_faces, read_faces
+from ldbfr.images import fit_to_side
+from ldbfr.progress import duration
+from ldbfr.seeds import derive_seed
+from ldbfr.storage import join
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+TESTSET_FILE, BUILDING_FILE, MANIFEST_FILE = "testset.json", "building.json", "manifest.jsonl"
+PART = 64
+"""Faces whose rows are written together: so much is done again after a stop, at most."""
+PAPER_SPLITS = ("mild", "medium", "severe")
+REPORT_SECONDS = 5.0
+LARGEST_SIDE = 4096
+
+
+class Digests(Record):
+    """SHA-256 in hexadecimal of the low-quality image and of its original."""
+
+    lq: str
+    hq: str
+
+
+class ManifestRow(Record):
+    """A row of the manifest. `lq` and `hq` are paths within the set."""
+
+    name: str
+    split: str
+    lq: str
+    hq: str
+    side: int
+    degradation: dict[str, Any]
+    """`Degradation.from_json` reads it."""
+    sha256: Digests
+    """Of the files."""
+    pixels_sha256: Digests
+    """Of the pixels, see `ldbfr.evaluation.reading.pixels_digest`."""
+
+
+class Description(Record):
+    """What testset.json says; building.json has the same without counts and digest."""
+
+    format: int = FORMAT
+    name: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    counts: dict[str, int] = Field(default_factory=dict)
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made of every face.
+
+    `splits` are profiles' names, `every` makes each face once for each of them instead of once in all.
+    """
+
+    side: int
+    splits: tuple[str, ...]
+    seed: int
+    every: bool
+    framing: Framing
+    source_framing: Framing
+    count: int
+
+    def splits_of(self, index: int, places: Sequence[int]) -> tuple[str, ...]:
+        """The splits that face `index` is in."""
+        return self.splits if self.every else (self.splits[places[index] * len(self.splits) // self.count],)
+
+    def places(self) -> list[int]:
+        """Every face's place in an order drawn by the seed, from which equal parts are cut."""
+        order = sorted(range(self.count), key=lambda index: derive_seed(self.seed, "test set", index))
+        places = [0] * self.count
+        for place, index in enumerate(order):
+            places[index] = place
+        return places
+
+
+def build_testset(
+    sources: Sequence[str] | str,
+    output: str,
+    *,
+    side: int = 512,
+    splits: Sequence[str] = PAPER_SPLITS,
+    seed: int = 0,
+    every: bool = False,
+    limit: int | None = None,
+    framing: Framing = "ffhq",
+    source_framing: Framing = "ffhq",
+    name: str = "CelebA-Test",
+    processes: int | None = None,
+) -> Description:
+    """Build a test set, or go on with it where it was stopped; nothing is done to one that is finished.
+
+    Args:
+        sources: folders, tar or zip files of aligned faces, local or in a bucket; taken in order of their names.
+        output: of the set: a folder or s3://bucket/prefix.
+        side: S, in px, to which the faces are brought.
+        splits: degradation profiles; each gets an equal part of the faces, chosen by the seed.
+        seed: of the parts and of every draw.
+        every: put each face into every split instead, as validations do.
+        limit: how many faces, the first ones; all when left out.
+        framing: of the set's faces; "tight" is cut out of faces in FFHQ's.
+        source_framing: of the faces that are given.
+        name: of the set, in reports.
+        processes: that degrade and encode; one for every core when left out.
+
+    Raises:
+        ConfigError: a setting is impossible, or the folder holds a set of other settings (the text says which).
+        InputError: a face cannot be read; a test set leaves nothing out.
+        StorageError: a place cannot be read or written.
+    """
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    check_range("--side", side, 8, LARGEST_SIDE, "512 is the paper's")
+    if limit is not None:
+        check_range("--limit", limit, 1, 10**7, "leave it out for all faces")
+    check_splits(splits)
+    if (source_framing, framing) == ("tight", "ffhq"):
+        raise ConfigError("--framing ffhq of --source-framing tight: what was cut off is gone; say --framing tight")
+    faces = list_faces(sources, limit)
+    plan = Plan(side, tuple(splits), seed, every, framing, source_framing, len(faces))
+    names = [face_name for face_name, _, _ in faces]
+    description = Description(name=name, settings=settings_of(plan, names), versions=versions())
+    if (finished := agreed(description, output)) is not None:
+        log.info("%s is finished: %s", output, counts_text(finished))
+        return finished
+    done = finished_parts(output)
+    left = [number for number in range(-(-len(faces) // PART)) if number not in done]
+    tasks = (
+        (index, *face)
+        for number in left
+        for index, face in enumerate(read_faces(faces[number * PART : (number + 1) * PART]), number * PART)
+    )
+    results = in_processes(MakeImages(plan, tuple(plan.places()), output), tasks, processes or num_cores())
+    write_parts(output, results, left, len(faces))
+    return finish(output, description)
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """ConfigError for no split, one that comes twice, or one that is no profile."""
+    if not splits or len(set(splits)) < len(splits):
+        raise ConfigError(f"splits {', '.join(splits) or 'none'}: expected one or more, each once")
+    for split in splits:
+        get_profile(split)
+
+
+def settings_of(plan: Plan, names: Sequence[str]) -> dict[str, Any]:
+    """All that decides what the set holds, but the faces themselves."""
+    return {
+        "seed": plan.seed,
+        "side": plan.side,
+        "framing": plan.framing,
+        "source_framing": plan.source_framing,
+        "every": plan.every,
+        "splits": {split: json.loads(json.dumps(asdict(get_profile(split)))) for split in plan.splits},
+        "faces": plan.count,
+        "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the pixels rest on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("ldbfr", "numpy", "opencv-python-headless", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # another build of OpenCV, or a checkout that is not installed
+            found[package] = cv2.__version__ if package.startswith("opencv") else "not installed"
+    return found
+
+
+def agreed(wanted: Description, output: str) -> Description | None:
+    """The finished set in the folder; None where it is to be made, after building.json is there.
+
+    Raises:
+        ConfigError: the folder holds a set of other settings, or an unfinished one of other versions.
+    """
+    for file in (TESTSET_FILE, BUILDING_FILE):
+        uri = join(output, file)
+        if not storage.exists(uri):
+            continue
+        found = read_description(uri)
+        differences = differences_of(found.settings, wanted.settings)
+        if not differences and file == BUILDING_FILE:
+            differences = differences_of(found.versions, wanted.versions)
+        if differences:
+            raise ConfigError(
+                f"{output} holds a test set of other settings: {'; '.join(differences)}. Name another folder, or "
+                "remove this one"
+            )
+        return found if file == TESTSET_FILE else None
+    storage.write_bytes(join(output, BUILDING_FILE), dumped(wanted))
+    return None
+
+
+def differences_of(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What two settings differ in, one text for each."""
+    names = [*wanted, *(name for name in found if name not in wanted)]
+    return [
+        f"{name} {found.get(name)!r} there, {wanted.get(name)!r} wanted"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def read_description(uri: str) -> Description:
+    """testset.json or building.json.
+
+    Raises:
+        InputError: it is damaged or of another format.
+        StorageError: it cannot be read.
+    """
+    try:
+        found = Description.model_validate_json(storage.read_bytes(uri))
+    except ValidationError as error:
+        raise InputError(f"{uri} is damaged, or of another version of ldbfr ({error}); build the set again") from error
+    if found.format != FORMAT:
+        raise InputError(f"{uri} is of format {found.format}, expected {FORMAT}; use the version that wrote it")
+    return found
+
+
+class MakeImages:
+    """Makes all images of a face and writes them; rows come back."""
+
+    def __init__(self, plan: Plan, places: tuple[int, ...], output: str) -> None:
+        self.plan, self.places, self.output = plan, places, output
+
+    def __call__(self, task: tuple[int, str, bytes]) -> tuple[int, list[ManifestRow]]:
+        """(index, name, encoded face) -> (index, rows)."""
+        index, name, data = task
+        plan = self.plan
+        face = decode_exactly(data, name)
+        if plan.framing != plan.source_framing:
+            face = tight_crop(face)
+        hq = fit_to_side(face, plan.side)
+        hq_file, hq_key = encode_png(hq), f"hq/{name}.png"
+        storage.write_bytes(join(self.output, hq_key), hq_file)
+        hq_digest, hq_pixels = hashlib.sha256(hq_file).hexdigest(), pixels_digest(hq)
+        rows = []
+        for split in plan.splits_of(index, self.places):
+            degradation = draw(get_profile(split), degradation_generator(plan.seed, split, index))
+            with same_everywhere():
+                lq = apply(degradation, hq)
+            lq_file, lq_key = encode_png(lq), f"lq/{split}/{name}.png"
+            storage.write_bytes(join(self.output, lq_key), lq_file)
+            row = ManifestRow(
+                name=f"{split}/{name}",
+                split=split,
+                lq=lq_key,
+                hq=hq_key,
+                side=plan.side,
+                degradation=json.loads(degradation.to_json()),
+                sha256=Digests(lq=hashlib.sha256(lq_file).hexdigest(), hq=hq_digest),
+                pixels_sha256=Digests(lq=pixels_digest(lq), hq=hq_pixels),
+            )
+            rows.append(row)
+        return index, rows
+
+
+@contextmanager
+def same_everywhere() -> Iterator[None]:
+    """OpenCV without code for particular processors: fused or wider arithmetic rounds otherwise."""
+    optimized, ipp = cv2.useOptimized(), cv2.ipp.useIPP()
+    cv2.setUseOptimized(False)
+    cv2.ipp.setUseIPP(False)
+    try:
+        yield
+    finally:
+        cv2.setUseOptimized(optimized)
+        cv2.ipp.setUseIPP(ipp)
+
+
+def finished_parts(output: str) -> set[int]:
+    """Numbers of the parts whose rows are written."""
+    found = (re.fullmatch(r"part-(\d+)\.jsonl", info.key) for info in storage.list_objects(join(output, "parts")))
+    return {int(match[1]) for match in found if match}
+
+
+def write_parts(
+    output: str, results: Iterator[tuple[int, list[ManifestRow]]], left: Sequence[int], num_faces: int
+) -> None:
+    """Write the rows of every part once its images are, and say how far it is."""
+    started = reported = time.monotonic()
+    total = sum(min(PART, num_faces - number * PART) for number in left)
+    done = 0
+    for number in left:
+        rows: list[ManifestRow] = []
+        for _, made in islice(results, min(PART, num_faces - number * PART)):
+            rows += made
+            done += 1
+            now = time.monotonic()
+            if now - reported >= REPORT_SECONDS and done < total:
+                reported = now
+                rate = done / (now - started)
+                log.info("%s/%s faces, %.1f a second, %s left", done, total, rate, duration((total - done) / rate))
+        storage.write_bytes(join(output, "parts", f"part-{number:05d}.jsonl"), row_lines(rows))
+
+
+def row_lines(rows: Iterable[ManifestRow]) -> bytes:
+    """A line of JSON for every row."""
+    return "".join(row.model_dump_json() + "\n" for row in rows).encode()
+
+
+def finish(output: str, description: Description) -> Description:
+    """Write the manifest from the parts, then testset.json; what was for building only goes."""
+    parts = sorted(storage.list_objects(join(output, "parts")), key=lambda info: info.key)
+    rows = sorted((row for info in parts for row in read_rows(info.uri)), key=lambda row: row.name)
+    counts = Counter(row.split for row in rows)
+    per_face = len(description.settings["splits"]) if description.settings["every"] else 1
+    if len(rows) != per_face * description.settings["faces"]:
+        raise LDBFRError(f"{output}: {len(rows):,} rows for {description.settings['faces']:,} faces; build it anew")
+    storage.write_bytes(join(output, MANIFEST_FILE), row_lines(rows))
+    wanted = [split for split in description.settings["splits"] if split in counts]
+    finished = description.model_copy(
+        update={"counts": {split: counts[split] for split in wanted}, "digest": rows_digest(rows)}
+    )
+    storage.write_bytes(join(output, TESTSET_FILE), dumped(finished))
+    for info in parts:
+        storage.delete(info.uri)
+    storage.delete(join(output, BUILDING_FILE))
+    log.info("%s: %s; digest %s", output, counts_text(finished), finished.digest)
+    return finished
+
+
+def read_rows(uri: str) -> list[ManifestRow]:
+    """Rows of a manifest or a part of one.
+
+    Raises:
+        InputError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    try:
+        return [ManifestRow.model_validate_json(line) for line in storage.read_bytes(uri).splitlines()]
+    except ValidationError as error:
+        raise InputError(f"{uri} is damaged ({error}); build the test set again") from error
+
+
+def rows_digest(rows: Iterable[ManifestRow]) -> str:
+    """One SHA-256 for a set: names, draws and pixels, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        line = [row.name, row.degradation, row.pixels_sha256.lq, row.pixels_sha256.hq]
+        digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def dumped(description: Description) -> bytes:
+    """As a file."""
+    return (description.model_dump_json(indent=1) + "\n").encode()
+
+
+def counts_text(description: Description) -> str:
+    """How many images of each split."""
+    return ", ".join(f"{count:,} {split}" for split, count in description.counts.items())

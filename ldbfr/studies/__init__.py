@@ -1,0 +1,1 @@
+"""Experiments of several trainings or samplings that end in one report."""
