@@ -3,9 +3,9 @@
     python cluster/drain.py --seconds 90
 
 A pod that is taken away (a spot machine, a drain of its node, a deletion) has its terminationGracePeriodSeconds left.
-Ray is told at once that the node goes, and when: training saves a checkpoint, Serve moves its replicas and sends no more
-requests here, and nothing new is placed on it. The hook ends when the node is idle or gone, or the seconds are over; then
-Kubernetes ends the container.
+Ray is told at once that the node goes, and when: training saves a checkpoint, Serve moves its replicas and sends no
+more requests here, and nothing new is placed on it. The hook ends when the node is idle or gone, or the seconds are
+over; then Kubernetes ends the container.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def drain(address: str, node_id: str, seconds: int) -> None:
     """Announce that a node goes away in `seconds`."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     accepted, reason = GcsClient(address=address).drain_node(
         node_id,
-        autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+        autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,  # type: ignore[attr-defined]
         "the machine is taken away",
         int((time.time() + seconds) * 1000),
     )

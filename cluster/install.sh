@@ -9,7 +9,7 @@ set -euo pipefail
 
 venv=${1:?usage: cluster/install.sh VENV [PYTHON]}
 python=${2:-python3}
-extras=ray,serve,data,s3,lpips,identity,metrics
+extras=ray,serve,data,s3,lpips,identity,metrics,launcher
 
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --no-cache-dir --disable-pip-version-check --constraint constraints.txt uv

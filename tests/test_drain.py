@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -85,37 +88,88 @@ def test_an_idle_node_leaves_at_once(cluster: Any, node: Any) -> None:
     assert again.returncode == 0
 
 
+@contextmanager
+def busy(cluster: Any) -> Iterator[subprocess.Popen[str]]:
+    """A driver with an actor that holds the node's one CPU."""
+    command = [sys.executable, "-c", LISTENER, cluster.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == "placed\n"
+            yield driver
+        finally:
+            driver.kill()
+
+
 def test_a_busy_node_is_waited_for_until_its_work_has_gone(cluster: Any, node: Any) -> None:
-    driver = subprocess.Popen(
-        [sys.executable, "-c", LISTENER, cluster.address], stdout=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    try:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() == "placed\n"
+    with busy(cluster):
         hook = drain(cluster, 50)
         with pytest.raises(subprocess.TimeoutExpired):
             hook.wait(timeout=12)
-    finally:
-        driver.kill()
-        driver.wait()
     _, text = hook.communicate(timeout=SECONDS)
     assert hook.returncode == 0, text
     assert "the node is idle" in text
 
 
 def test_it_does_not_wait_longer_than_it_is_told(cluster: Any, node: Any) -> None:
-    driver = subprocess.Popen(
-        [sys.executable, "-c", LISTENER, cluster.address], stdout=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    try:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() == "placed\n"
+    with busy(cluster):
         started = time.monotonic()
         hook = drain(cluster, 5)
         _, text = hook.communicate(timeout=SECONDS)
-        assert hook.returncode == 0, text
-        assert "still works after 5 s" in text
-        assert 5 <= time.monotonic() - started < 40
+    assert hook.returncode == 0, text
+    assert "still works after 5 s" in text
+    assert 5 <= time.monotonic() - started < 40
+
+
+# ---- the clouds' notices, from a server that answers as theirs do ----
+
+
+class Cloud(BaseHTTPRequestHandler):
+    """The metadata servers of AWS (IMDSv2) and GCP; they announce the end after the third look."""
+
+    def do_PUT(self) -> None:
+        assert self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self.answer(200, "a-token")
+
+    def do_GET(self) -> None:
+        server: Any = self.server
+        server.looks += 1
+        over = server.looks > 3
+        if self.path == "/latest/meta-data/spot/instance-action":
+            assert self.headers["X-aws-ec2-metadata-token"] == "a-token"
+            self.answer(200 if over else 404, '{"action": "terminate"}' if over else "")
+        else:
+            assert self.path == "/computeMetadata/v1/instance/preempted"
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.answer(200, "TRUE" if over else "FALSE")
+
+    def answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_a_notice_of_the_cloud_drains_the_node(cloud: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "cluster"))
+    preempted = importlib.import_module("preempted")
+    server = HTTPServer(("127.0.0.1", 0), Cloud)
+    server.looks = 0  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    drained: list[list[str]] = []
+    monkeypatch.setattr(preempted.drain, "main", lambda arguments: drained.append(arguments) or 0)
+    monkeypatch.setattr(preempted, "LOOK_SECONDS", 0.01)
+    monkeypatch.setenv("LDBFR_METADATA_SERVER", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert preempted.main([cloud]) == 0
     finally:
-        driver.kill()
-        driver.wait()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert server.looks == 4  # type: ignore[attr-defined]
+    assert drained == [["--seconds", str(preempted.NOTICE_SECONDS[cloud])]]
+    assert not preempted.aws_notice(f"http://127.0.0.1:{server.server_port}"), "no server is no notice"
