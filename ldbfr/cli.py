@@ -1,4 +1,4 @@
-"""The command line: `ldbfr restore|train|export|convert|presets|archive`."""
+"""The command line: `ldbfr restore|train|export|convert|presets|archive|doctor`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ldbfr.config import DEFAULT_WEIGHTS, SchedulerName, check_range, load_preset, preset_names
+from ldbfr.doctor.command import Doctor
 from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.photos.options import PhotoOptions, parse_boxes
 from ldbfr.places import absolute
@@ -405,7 +406,13 @@ def main() -> None:
     """Entry point of the `ldbfr` command."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     command = tyro.cli(
-        Restore | Train | Export | Convert | Presets | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")],
+        Restore
+        | Train
+        | Export
+        | Convert
+        | Presets
+        | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")]
+        | Doctor,
         prog="ldbfr",
         description="Blind face restoration with LD-BFR.",
         config=(tyro.conf.OmitSubcommandPrefixes,),
