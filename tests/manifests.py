@@ -58,6 +58,9 @@ def overlays() -> list[str]:
     return [str(folder.relative_to(CLUSTER)) for folder in applied]
 
 
+OVERLAYS = overlays()
+
+
 # ---- schemas ----
 
 
@@ -169,3 +172,15 @@ def pods(document: Document) -> Iterator[Pod]:
     if document["kind"] in ("StatefulSet", "Deployment"):
         template = document["spec"]["template"]
         yield Pod(owner, "pod", template.get("metadata", {}), template["spec"], {})
+
+
+def matches(selector: Document, labels: dict[str, str]) -> bool:
+    """Whether a label selector chooses a pod or a namespace of these labels."""
+    for key, value in selector.get("matchLabels", {}).items():
+        if labels.get(key) != value:
+            return False
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return True

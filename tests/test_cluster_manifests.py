@@ -15,18 +15,18 @@ from jsonschema import ValidationError
 from tests.manifests import (
     CLUSTER,
     KUBERAY,
+    OVERLAYS,
     Document,
     Pod,
     check,
     crd_folder,
     documents,
-    overlays,
+    matches,
     pods,
     ray_cluster,
     rendered,
 )
 
-OVERLAYS = overlays()
 MANIFESTS = sorted(
     path
     for path in [*KUBERAY.rglob("*.yaml"), *(CLUSTER / "object-store" / "minio").glob("*.yaml")]
@@ -161,7 +161,7 @@ def test_no_secret_is_written_down(overlay: str) -> None:
 
 @every_overlay
 def test_what_pods_refer_to_exists(overlay: str) -> None:
-    readme = (CLUSTER / "README.md").read_text()
+    readme = (CLUSTER / "README.md").read_text() + (CLUSTER / "object-store" / "README.md").read_text()
     there = {(document["kind"], document["metadata"]["name"]) for document in all_of(overlay)}
     for pod in all_pods(overlay):
         if "serviceAccountName" in pod.spec:
@@ -169,19 +169,25 @@ def test_what_pods_refer_to_exists(overlay: str) -> None:
         if "priorityClassName" in pod.spec:
             assert ("PriorityClass", pod.spec["priorityClassName"]) in there, pod
         volumes = {volume["name"] for volume in pod.spec.get("volumes", ())}
-        text = str(pod.spec)
         for container in pod.spec["containers"]:
             mounted = {mount["name"] for mount in container["volumeMounts"]}
             assert mounted <= volumes | {"data"}, pod
             for source in container.get("envFrom", ()):
                 if "configMapRef" in source:
                     assert ("ConfigMap", source["configMapRef"]["name"]) in there, pod
-        for secret in re.findall(r"'secret(?:KeyRef|Ref)': {[^}]*'name': '([^']+)'", text) + re.findall(
-            r"'secretName': '([^']+)'", text
-        ):
-            assert re.search(rf"create secret (generic|tls) {secret}\b", readme), (
-                f"{pod}: {secret} is not in the README"
-            )
+        for secret, optional in secrets_of(pod):
+            made = re.search(rf"create secret (generic|tls) {secret}\b", readme)
+            assert made or (optional and f"`{secret}`" in readme), f"{pod}: nobody says how {secret} is made"
+
+
+def secrets_of(pod: Pod) -> list[tuple[str, bool]]:
+    """The Secrets that a pod names, and whether it does without."""
+    found = [(volume["secret"]["secretName"], False) for volume in pod.spec.get("volumes", ()) if "secret" in volume]
+    for container in pod.spec["containers"]:
+        references = [source.get("secretRef") for source in container.get("envFrom", ())]
+        references += [variable.get("valueFrom", {}).get("secretKeyRef") for variable in container.get("env", ())]
+        found += [(reference["name"], reference.get("optional", False)) for reference in references if reference]
+    return found
 
 
 # ---- Ray ----
@@ -361,15 +367,3 @@ def test_disruption_budgets_are_of_pods_that_exist(overlay: str) -> None:
         if document["kind"] == "PriorityClass"
     }
     assert values["ldbfr-serve"] > values["ldbfr-train"] > values["ldbfr-archive"]
-
-
-def matches(selector: Document, labels: dict[str, str]) -> bool:
-    """Whether a label selector chooses a pod or a namespace of these labels."""
-    for key, value in selector.get("matchLabels", {}).items():
-        if labels.get(key) != value:
-            return False
-    for expression in selector.get("matchExpressions", ()):
-        assert expression["operator"] == "In"
-        if labels.get(expression["key"]) not in expression["values"]:
-            return False
-    return True
