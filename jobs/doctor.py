@@ -47,6 +47,8 @@ class Doctor:
     """Name of weights that come with ldbfr, or a folder that every machine has."""
     storage: tuple[str, ...] = ()
     """Folders or s3://bucket/prefix where runs read and write."""
+    read: tuple[str, ...] = ()
+    """Folders, archives or s3://bucket/prefix that runs only read."""
     preset: str | None = None
     """Preset that is to be trained; its memory is compared with the GPUs'."""
     patience: float = 120
@@ -119,7 +121,7 @@ class Probe:
         from ldbfr.doctor.machine import gpu_facts
         from ldbfr.doctor.versions import versions
 
-        findings = list(check_here(request.weights, request.storage, request.preset))
+        findings = list(check_here(request.weights, request.storage, request.read, request.preset))
         return findings, versions(), len(gpu_facts().gpus)
 
     def time(self) -> float:

@@ -310,6 +310,23 @@ def test_a_server_without_conditional_writes_is_found_out(s3_root: str, monkeypa
 
 
 @pytest.mark.s3
+def test_inputs_are_only_listed_and_read(faulty_s3: FaultyProxy, s3_root: str) -> None:
+    (found,) = places.check_readable(s3_root)
+    assert (found.status, found.what) == ("problem", "nothing is there")
+    storage.write_bytes(f"{s3_root}/a.png", b"short")
+    storage.write_bytes(f"{s3_root}/empty.png", b"")
+    faulty_s3.requests.clear()
+    assert [row.status for row in places.check_readable(s3_root)] == ["ok", "ok"]
+    assert {method for method, _ in faulty_s3.requests} == {"GET"}
+    assert [row.status for row in places.check_readable(f"{s3_root}/empty.png")] == ["ok", "ok"]
+    faulty_s3.fail(status=403, path="/a.png")
+    assert [row.status for row in places.check_readable(s3_root)] == ["ok", "problem"]
+    faulty_s3.fail(status=403)
+    (found,) = places.check_readable(s3_root)
+    assert "s3:ListBucket" in found.advice
+
+
+@pytest.mark.s3
 def test_a_bucket_that_is_not_there(s3_endpoint: str) -> None:
     found = list(places.check_place("s3://ldbfr-no-such-bucket/runs"))
     assert {row.status for row in found} == {"problem"}

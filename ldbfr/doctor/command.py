@@ -14,7 +14,7 @@ from ldbfr.doctor.addresses import check_cluster, check_server
 from ldbfr.doctor.findings import Finding, as_json, as_table, exit_code
 from ldbfr.doctor.machine import check_gpus, check_machine
 from ldbfr.doctor.models import check_all_models, training_need
-from ldbfr.doctor.places import check_place
+from ldbfr.doctor.places import check_place, check_readable
 from ldbfr.doctor.versions import check_versions
 
 
@@ -38,6 +38,8 @@ class Doctor:
     """Name of weights that come with ldbfr, or a folder of `ldbfr export`."""
     storage: tuple[str, ...] = ()
     """Folders or s3://bucket/prefix where runs read and write."""
+    read: tuple[str, ...] = ()
+    """Folders, archives or s3://bucket/prefix that runs only read."""
     preset: str | None = None
     """Preset that is to be trained here; its memory is compared with the GPU's."""
     server: str | None = None
@@ -59,14 +61,16 @@ class Doctor:
         Raises:
             ConfigError: there is no such preset.
         """
-        yield from check_here(self.weights, self.storage, self.preset)
+        yield from check_here(self.weights, self.storage, self.read, self.preset)
         if self.server is not None:
             yield from check_server(self.server)
         if self.cluster is not None:
             yield from check_cluster(self.cluster)
 
 
-def check_here(weights: str, places: tuple[str, ...], preset: str | None) -> Iterator[Finding]:
+def check_here(
+    weights: str, places: tuple[str, ...], read_only: tuple[str, ...], preset: str | None
+) -> Iterator[Finding]:
     """This machine, and what it may do in some places; each machine of a cluster does so too.
 
     Raises:
@@ -79,3 +83,5 @@ def check_here(weights: str, places: tuple[str, ...], preset: str | None) -> Ite
     yield from check_all_models(weights)
     for place in places:
         yield from check_place(place)
+    for place in read_only:
+        yield from check_readable(place)

@@ -95,6 +95,27 @@ def check_place(uri: str) -> Iterator[Finding]:
         clear(folder, probe)
 
 
+def check_readable(uri: str) -> Iterator[Finding]:
+    """What runs need where their inputs lie: a listing, and a part of the first object of it."""
+    listing, reading = f"{uri}: list", f"{uri}: read a range"
+    with storage.impatient(PATIENCE_S):
+        try:
+            first = next(storage.list_objects(absolute(uri)), None)
+        except StorageError as error:
+            yield problem(listing, str(error), "on S3, s3:ListBucket allows it")
+            return
+        if first is None:
+            yield problem(listing, "nothing is there", "check the name; a bucket cannot tell an empty place from none")
+            return
+        yield ok(listing, f"works, {first.key} comes first")
+        try:
+            storage.read_range(first.uri, 0, min(first.size, len(FIRST)))
+        except StorageError as error:
+            yield problem(reading, str(error), "on S3, s3:GetObject allows it")
+        else:
+            yield ok(reading, "works")
+
+
 def attempts(uri: str, probe: str) -> Iterator[Finding]:
     """A finding for each right; none after the first that fails for want of an answer at all."""
     made = True
