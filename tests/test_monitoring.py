@@ -229,7 +229,7 @@ def train_something(folder: Path) -> None:
             info.size = len(content)
             archive.addfile(info, BytesIO(content))
     arguments = ["--preset", "tiny", "--stage", "hq_vqgan", "--data", str(folder / "faces.tar")]
-    arguments += ["--set", "training.hq_vqgan.steps=300", "--set", "training.hq_vqgan.checkpoint_every=20"]
+    arguments += ["--set", "training.hq_vqgan.steps=800", "--set", "training.hq_vqgan.checkpoint_every=100"]
     assert train.main([*arguments, "--run", str(folder / "run"), "--cpus-per-worker", "1", "--no-validate"]) == 0
 
 
