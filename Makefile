@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
-EXTRAS := ray,serve,client,data,s3,lpips,identity,metrics,mlflow,wandb,demo,test,dev
+EXTRAS := ray,serve,client,data,s3,launcher,lpips,identity,metrics,mlflow,wandb,demo,test,dev
 
 # What an active environment leaves behind must not reach ours.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET PIP_PREFIX UV_PYTHON UV_SYSTEM_PYTHON

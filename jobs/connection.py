@@ -15,6 +15,12 @@ OBJECT_STORE_BYTES = 2**30
 """Enough for the batches under way; the pictures never lie there all at once."""
 
 
+def start_log() -> None:
+    """A line for what the job does, with the time; without those in which boto tells where it found its credentials."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)
+
+
 def prepare_environment() -> None:
     """What Ray reads at its import: no remarks; for our own cluster, no usage report and nothing in the home folder."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own remarks about how Ray Data and Train use it

@@ -19,6 +19,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.data.context import DataContext
 
 from jobs.connection import num_cores
+from jobs.nodes import nodes_for_workers
 from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.runner import Item, Result
 
@@ -59,8 +60,8 @@ def place_workers(
     Raises:
         ConfigError: the cluster is too small, or has no GPU where one is asked for.
     """
-    resources = ray.cluster_resources()
-    cpus, there = int(resources.get("CPU", 0)), resources.get("GPU", 0)
+    nodes = nodes_for_workers()
+    cpus, there = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
     if device is None:
         device = "cuda" if there else "cpu"
     on_gpus = device.startswith("cuda")
@@ -69,9 +70,9 @@ def place_workers(
     if cpus < (least or count) + 1:
         needed = (least or count) + 1
         raise ConfigError(f"--workers {count}: they and their readers need {needed} CPUs, the cluster has {cpus}")
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    largest = max(int(node.get("CPU", 0)) for node in nodes)
     threads = max(1, num_cores() // count) if own else max(1, min((cpus - 1) // count, largest - 1))
-    share = gpu_share(count, int(there), gpus) if on_gpus else 0.0
+    share = gpu_share(count, there, gpus) if on_gpus else 0.0
     return Workers(count, device, 1 if on_gpus else threads, batch_size, least, share)
 
 
@@ -91,8 +92,8 @@ def gpu_share(count: int, there: int, asked: float | None) -> float:
 
 
 def num_cpus() -> int:
-    """Of the whole cluster."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    """Of the whole cluster, less those of the driver."""
+    return max(1, int(sum(node.get("CPU", 0) for node in nodes_for_workers())))
 
 
 def quieten() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+
 from ray.util.metrics import Counter, Gauge
 
 from ldbfr.archive.ledger import Counts
@@ -42,3 +45,35 @@ class RunMetrics:
         if rate := self.progress.rate():
             self.rate.set(rate, self.tags)
             self.left.set((tally.planned - tally.done) / rate, self.tags)
+
+
+class TrainingMetrics:
+    """The metrics of a stage's training, tagged with its run and stage; Ray puts `ray_` before their names.
+
+    Made by the first worker alone, and gone with it, so that they are those of trainings that go on.
+
+    Args:
+        run: URI of the run.
+        stage: name of the stage.
+    """
+
+    def __init__(self, run: str, stage: str) -> None:
+        self.tags, tags = {"run": run, "stage": stage}, ("run", "stage")
+        self.step = Gauge("ldbfr_training_step", "Steps of the stage that are done", tag_keys=tags)
+        self.loss = Gauge("ldbfr_training_loss", "Losses of the last step that was logged", tag_keys=(*tags, "loss"))
+        self.checkpoint = Gauge(
+            "ldbfr_training_checkpoint_timestamp_seconds",
+            "When the newest checkpoint was whole, as Unix time; until there is one, when the training began to work",
+            tag_keys=tags,
+        )
+        self.checkpoint.set(time.time(), self.tags)
+
+    def report(self, step: int, losses: Mapping[str, float]) -> None:
+        """A step is done."""
+        self.step.set(step, self.tags)
+        for name, value in losses.items():
+            self.loss.set(value, {**self.tags, "loss": name})
+
+    def saved(self) -> None:
+        """A checkpoint is whole and in its place."""
+        self.checkpoint.set(time.time(), self.tags)

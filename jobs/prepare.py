@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 
 import tyro
 
-from jobs.connection import connected, num_cores, prepare_environment
+from jobs.connection import connected, num_cores, prepare_environment, start_log
 from ldbfr.config import check_range
 from ldbfr.errors import ConfigError, InputError, LDBFRError
 from ldbfr.places import absolute
@@ -149,7 +149,7 @@ DESCRIPTION = """Prepare data for training: images to shards with an index, and 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_log()
     request: Shards | Latents = tyro.cli(Command, args=arguments, prog="prepare.py", description=DESCRIPTION)
     started = False
     try:
@@ -181,8 +181,8 @@ def check_workers(workers: int | None) -> None:
 
 def prepare(request: Shards, preparation: Preparation) -> int:
     """Everything that is left of a preparation."""
+    log.info("preparing %s as faces of %d px in %s", ", ".join(request.input), request.side, preparation.output)
     plan = preparation.plan()
-    log.info("listed %s", ", ".join(request.input))
     prepare_environment()
     with connected((request.workers or num_cores()) + 1) as own:
         from jobs import flow  # importing Ray takes seconds, which a mistyped option should not cost
@@ -230,7 +230,7 @@ def report(output: str, summary: Summary) -> int:
     for split, count in summary.kept.items():
         if not count:
             log.warning("no image is in the split %s; training wants some, so choose another --val-share", split)
-    print("\n".join([*summary.lines(), output, join(output, REPORT_FILE), join(output, SHEET_FILE)]))
+    print("\n".join([join(output, REPORT_FILE), join(output, SHEET_FILE), *summary.lines(), f"{output} is finished"]))
     return EXIT_OK
 
 
@@ -260,6 +260,7 @@ def encode(request: Latents, requests: list[LatentRequest]) -> int:
     """Encode what is left of the splits."""
     from ldbfr.preparation.latents import finish_latents
 
+    log.info("encoding the faces of %s with the latent VQGAN of %s", request.data, request.vqgan)
     left = [split for split in requests if not split.is_finished()]
     if not left:
         print(f"the latents of {request.data} are finished; nothing to do")
@@ -279,6 +280,7 @@ def encode(request: Latents, requests: list[LatentRequest]) -> int:
     for split in left:
         finish_latents(split, parts[split])
         print(f"{split.split}: {split.count:,} faces, each with its mirror image, in {split.writer().folder}")
+    print(f"the latents of {request.data} are finished")
     return EXIT_OK
 
 

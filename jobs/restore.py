@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 
 import tyro
 
-from jobs.connection import num_cores, prepare_environment
+from jobs.connection import num_cores, prepare_environment, start_log
 from ldbfr.archive.ledger import Ledger, UnitDone, do_again, manifest_folder
 from ldbfr.archive.listing import Sources, is_planned, make_plan
 from ldbfr.archive.naming import OutputFormat, OutputLayout
@@ -129,7 +129,7 @@ class Restore:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_log()
     request = tyro.cli(Restore, args=arguments, prog="restore.py")
     command = "python jobs/restore.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     started = False
@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         finder = face_finder(request, run, weights)
         with Lease.acquire(lock_uri(run.output), f"`{command}`") as lease:
             run.begin(weights, command)
+            log.info("restoring %s into %s with %s", ", ".join(run.settings.inputs), run.output, weights.reference)
             started = True
             with ExitStack() as stack:
                 return restore(request, run, weights, Cluster(stack, workers), finder, lease.check)
@@ -278,7 +279,7 @@ def restore(
     """List what is not listed, restore what is left, and report."""
     settings = run.settings
     if not is_planned(run.output):
-        log.info("listing %s", ", ".join(settings.inputs))
+        log.info("listing the inputs")
     sources = Sources(settings.inputs, run.output, settings.column, settings.shard_images)
     try:
         plan = Plan(tuple(make_plan(sources, cluster.lister)))
@@ -373,7 +374,7 @@ def finish(run: Run, ledger: Ledger, rounds: Rounds, progress: Progress) -> int:
         log.warning("no report: %s", error)
     follow(progress.tally, ledger)
     write_status(run.output, progress.line())
-    print("\n".join([progress.summary(), *progress.tally.describe_failures(), *places]))
+    print("\n".join([*progress.tally.describe_failures(), *places, progress.summary()]))
     rounds.judge(at_the_end=True)
     return EXIT_OK
 

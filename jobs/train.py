@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 
 import tyro
 
-from jobs.connection import connected, num_cores, prepare_environment
+from jobs.connection import connected, num_cores, prepare_environment, start_log
 from ldbfr.config import Preset, load_preset
 from ldbfr.errors import ConfigError, LDBFRError, StorageError
 from ldbfr.lease import Lease, LeaseHeldError
@@ -96,7 +96,7 @@ class Train:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_log()
     request = tyro.cli(Train, args=arguments, prog="train.py")
     started = False
     try:
@@ -107,7 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(plan(request, preset, stages, workers))
             return EXIT_OK
         started = True
+        log.info(
+            "training %s of %s on %s by %s worker(s) into %s",
+            ", ".join(stages), request.preset, ", ".join(request.data), request.workers, request.run,
+        )  # fmt: skip
         run(request, preset, stages, workers, init)
+        print(f"{', '.join(stages)}: finished in {request.run}")
     except LeaseHeldError as error:
         print(f"train: another run works on {request.run}: {error}", file=sys.stderr)
         return EXIT_BAD_REQUEST

@@ -23,6 +23,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.nodes import nodes_for_workers
 from jobs.train_worker import Board, Validator, Work, train_worker
 from ldbfr.config import Preset
 from ldbfr.errors import LDBFRError, StorageError
@@ -101,7 +102,7 @@ def find_device(device: str | None) -> str:
 
 def cpus_for_a_worker(device: str, num_workers: int) -> int:
     """So many that all workers find room: the CPUs shared among the workers, or a node's among its GPUs."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_for_workers()
     if device == "cuda":
         shares = [int(node.get("CPU", 0) / node["GPU"]) for node in nodes if node.get("GPU")]
         return max(1, min([CPUS_BESIDE_A_GPU, *shares]))

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from jobs.metrics import TrainingMetrics
 from ldbfr.config import Preset
 from ldbfr.data.index import FaceImages, Faces
 from ldbfr.data.shards import has_split, open_faces
@@ -66,6 +67,7 @@ class RayRuntime(DistributedRuntime):
         self.last_step = getattr(work.preset.training, work.stage).steps
         self.validator = validator
         self.saved_for: set[str] = set()
+        self.metrics = TrainingMetrics(work.run, work.stage) if self.rank == 0 else None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module in DistributedDataParallel, unless there is nobody to share with."""
@@ -86,9 +88,13 @@ class RayRuntime(DistributedRuntime):
         """Hand the metrics to Ray, as often as they are logged: a report is a round trip among all workers."""
         if step % self.report_every == 0 or step == self.last_step:
             ray.train.report({"step": step, **metrics})
+            if self.metrics is not None:
+                self.metrics.report(step, metrics)
 
     def saved(self, step: int) -> None:
         """Have the checkpoint validated, elsewhere."""
+        if self.metrics is not None:
+            self.metrics.saved()
         if self.validator is not None:
             self.validator.submit.remote(step)
 

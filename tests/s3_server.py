@@ -57,17 +57,17 @@ def s3_root(s3_bucket: str) -> str:
 
 
 @contextmanager
-def moto_server() -> Iterator[str]:
-    """Run moto's S3 server on a free port and yield its URL."""
+def moto_server(address: str = "127.0.0.1") -> Iterator[str]:
+    """Run moto's S3 server on a free port of an address of this machine, and yield its URL."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, "-m", "moto.server", "-H", address, "-p", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            wait_for_port(port, process)
-            yield f"http://127.0.0.1:{port}"
+            wait_for_port(address, port, process)
+            yield f"http://{address}:{port}"
         except TimeoutError as error:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)} did not start:\n{log.read()}") from error
@@ -76,11 +76,11 @@ def moto_server() -> Iterator[str]:
             process.wait(timeout=START_TIMEOUT_S)
 
 
-def wait_for_port(port: int, process: "subprocess.Popen[bytes]") -> None:
+def wait_for_port(address: str, port: int, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((address, port)) == 0:
                 return
         time.sleep(0.05)
     raise TimeoutError(f"nothing listens on port {port}")

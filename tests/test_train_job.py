@@ -39,8 +39,8 @@ OVERRIDES = (
     f"training.{STAGE}.learning_rate=1e-4",
     f"training.{STAGE}.warmup_steps=20",
 )
-"""A stage without what makes much of a rounding error: discriminator, code lookup (test_distributed.py has those), and a
-full first step of Adam, which divides every gradient by itself, so that of one near 0 it shows the rounding."""
+"""A stage without what makes much of a rounding error: discriminator, code lookup (test_distributed.py has those), and
+a full first step of Adam, which divides every gradient by itself, so that of one near 0 it shows the rounding."""
 SECONDS = 280
 
 
@@ -363,7 +363,30 @@ def test_a_damaged_newest_checkpoint_is_passed_over_on_the_cluster_too(
 def test_workers_are_given_no_more_cpus_than_find_room(
     monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], device: str, workers: int, cpus: int
 ) -> None:
+    from jobs import nodes as cluster_nodes
     from jobs import train_driver
 
-    monkeypatch.setattr(train_driver.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    monkeypatch.setattr(cluster_nodes.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     assert train_driver.cpus_for_a_worker(device, workers) == cpus
+
+
+@pytest.mark.parametrize(("workers", "cpus"), [(1, 3), (2, 2), (4, 1)])
+def test_workers_leave_alone_what_is_reserved_for_the_driver(
+    monkeypatch: pytest.MonkeyPatch, workers: int, cpus: int
+) -> None:
+    """Of two machines with three CPUs each, one CPU of the first is the driver's."""
+    from jobs import flow, train_driver
+    from jobs import nodes as cluster_nodes
+
+    there = [
+        {"Alive": True, "NodeID": "a", "Resources": {"CPU": 3.0, "memory": 8.0}},
+        {"Alive": True, "NodeID": "b", "Resources": {"CPU": 3.0}},
+        {"Alive": False, "NodeID": "c", "Resources": {"CPU": 64.0}},
+    ]
+    monkeypatch.setattr(cluster_nodes.ray, "nodes", lambda: there)
+    assert cluster_nodes.nodes_for_workers() == [{"CPU": 3, "memory": 8}, {"CPU": 3}]
+    monkeypatch.setattr(cluster_nodes, "reserved_for_driver", lambda: ("a", {"CPU": 1.0, "memory": 2.0}))
+    assert cluster_nodes.nodes_for_workers() == [{"CPU": 2, "memory": 6}, {"CPU": 3}]
+    assert train_driver.cpus_for_a_worker("cpu", workers) == cpus
+    assert flow.num_cpus() == 5
+    assert flow.place_workers(1, "cpu", 16, own=False).threads == 2

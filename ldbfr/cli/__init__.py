@@ -1,4 +1,4 @@
-"""The command line: `ldbfr restore|train|export|convert|presets|testset|evaluate|ablations|step-budget|archive`."""
+"""The command line, `ldbfr`: one module for each group of its commands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ldbfr.cli.restore import Restore
 from ldbfr.cli.studies import Ablations, StepBudget
 from ldbfr.cli.train import StageChoice, Train
 from ldbfr.cli.weights import Convert, Export, Presets
+from ldbfr.doctor.command import Doctor
 from ldbfr.errors import LDBFRError
 from ldbfr.evaluation.testset_command import TestSetCommand
 
@@ -33,7 +34,8 @@ def main() -> None:
         | Evaluate
         | Ablations
         | StepBudget
-        | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")],
+        | Annotated[ArchiveCommands, tyro.conf.subcommand("archive")]
+        | Doctor,
         prog="ldbfr",
         description="Blind face restoration with LD-BFR.",
         config=(tyro.conf.OmitSubcommandPrefixes,),

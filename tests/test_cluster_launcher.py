@@ -1,0 +1,104 @@
+"""cluster/launcher: what `ray up` would take, completed by Ray's own defaults and held against its schema."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+pytest.importorskip("ray.autoscaler")
+LAUNCHER = REPOSITORY / "cluster" / "launcher"
+every_cloud = pytest.mark.parametrize("cloud", ["aws", "gcp"])
+
+
+def load(cloud: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((LAUNCHER / f"{cloud}.yaml").read_text())
+    return config
+
+
+def prepared(config: dict[str, Any]) -> dict[str, Any]:
+    """As `ray up` completes it before it speaks to the cloud."""
+    from ray.autoscaler._private.util import prepare_config
+
+    made: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    return made
+
+
+@every_cloud
+def test_ray_accepts_it(cloud: str) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    validate_config(prepared(load(cloud)))
+
+
+@every_cloud
+@pytest.mark.parametrize("place", [(), ("auth",), ("docker",), ("available_node_types", "gpu")])
+def test_rays_schema_refuses_what_is_misspelt(cloud: str, place: tuple[str, ...]) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    config = prepared(load(cloud))
+    target = config
+    for step in place:
+        target = target[step]
+    target["misspelt"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="misspelt"):
+        validate_config(config)
+
+
+@every_cloud
+def test_nothing_of_rays_defaults_is_installed_or_started(cloud: str) -> None:
+    config, made = load(cloud), prepared(load(cloud))
+    for name in ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands"):
+        assert made[name] == []
+    for name in ("head_start_ray_commands", "worker_start_ray_commands", "available_node_types"):
+        assert set(map(str, made[name])) == set(map(str, config[name]))
+    assert "3.0.0.dev0" not in str(made)
+
+
+@every_cloud
+def test_the_head_does_no_work_and_the_workers_are_spot(cloud: str) -> None:
+    config = load(cloud)
+    types = config["available_node_types"]
+    assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
+    assert any("--num-cpus=0" in command for command in config["head_start_ray_commands"])
+    for name, machine in types.items():
+        assert bool(re.search("spot", str(machine["node_config"]), re.I)) == (name != "head"), name
+        if name != "head":
+            assert 0 == machine["min_workers"] < machine["max_workers"] <= config["max_workers"]
+    assert types["gpu"]["resources"]["GPU"] == 1
+    (watch,) = [command for command in config["worker_start_ray_commands"] if "preempted.py" in command]
+    assert f"preempted.py {cloud} " in watch
+    assert (REPOSITORY / "cluster" / "preempted.py").is_file()
+
+
+@every_cloud
+def test_ray_asks_for_a_token_and_is_not_reached_from_outside(cloud: str) -> None:
+    config = load(cloud)
+    options = " ".join(config["docker"]["run_options"])
+    token = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", options)
+    assert token
+    assert token[1] in config["file_mounts"]
+    assert "RAY_AUTH_MODE=token" in options
+    assert any("--dashboard-host=127.0.0.1" in command for command in config["head_start_ray_commands"])
+    for permission in config["provider"].get("security_group", {}).get("IpPermissions", ()):
+        assert (permission["FromPort"], permission["ToPort"]) == (22, 22)
+        assert "0.0.0.0/0" not in str(permission)
+
+
+@every_cloud
+def test_machines_have_roles_of_their_own(cloud: str) -> None:
+    roles = {}
+    for name, machine in load(cloud)["available_node_types"].items():
+        config = machine["node_config"]
+        roles[name] = config["IamInstanceProfile"]["Name"] if cloud == "aws" else config["serviceAccounts"][0]["email"]
+    assert roles["cpu"] == roles["gpu"] != roles["head"]
+    text = Path(REPOSITORY / "cluster" / "object-store" / "README.md").read_text()
+    for role in roles.values():
+        assert role.split("@")[0] in text, f"{role} is not made anywhere"
