@@ -39,8 +39,8 @@ OVERRIDES = (
     f"training.{STAGE}.learning_rate=1e-4",
     f"training.{STAGE}.warmup_steps=20",
 )
-"""A stage without what makes much of a rounding error: discriminator, code lookup (test_distributed.py has those), and a
-full first step of Adam, which divides every gradient by itself, so that of one near 0 it shows the rounding."""
+"""A stage without what makes much of a rounding error: discriminator, code lookup (test_distributed.py has those), and
+a full first step of Adam, which divides every gradient by itself, so that of one near 0 it shows the rounding."""
 SECONDS = 280
 
 
