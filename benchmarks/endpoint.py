@@ -38,6 +38,7 @@ import tyro
 
 from benchmarks.http_load import Connections, Reply, closed_loop, first_event, open_loop, wait_ready
 from benchmarks.machine import machine
+from jobs.connection import num_cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOADS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0)
@@ -53,7 +54,9 @@ class Load:
     weights: str = "faces_64"
     """Which model."""
     batch_size: int = 16
-    """Of the bare loop and of the endpoint."""
+    """Of the bare loop, on all cores, and of the endpoint."""
+    replicas: int = 0
+    """Copies of the model in the endpoint, which divide the cores; 0: as many as there are cores."""
     steps: int | None = None
     """Denoising steps; the weights' own when left out."""
     deadline: float = 10.0
@@ -77,7 +80,10 @@ class Load:
             object.__setattr__(self, "streams", 3)
         images = pictures(self.data, 64)
         before = self.bare(images)
-        args = {"weights": self.weights, "batch_faces": self.batch_size, "deadline_seconds": self.deadline}
+        replicas = self.replicas or num_cores()
+        args: dict[str, Any] = {"min_replicas": replicas, "max_replicas": replicas}
+        args |= {"threads": max(1, num_cores() // replicas), "deadline_seconds": self.deadline}
+        args |= {"weights": self.weights, "batch_faces": self.batch_size}
         with hosted(args | {"max_requests": 1000, "ongoing_per_replica": 256, "max_queued": 256}) as host:
             found = asyncio.run(self.requests(host, images))
         after = self.bare(images)
@@ -85,6 +91,7 @@ class Load:
         return {
             "weights": self.weights,
             "batch size": self.batch_size,
+            "copies of the model": replicas,
             "deadline, s": self.deadline,
             "bare loop, images/s": [round(before, 2), round(after, 2)],
             **found,
@@ -107,12 +114,13 @@ class Load:
         path = "/v1/restorations?mode=aligned" + ("" if self.steps is None else f"&steps={self.steps}")
         stream = path.replace("/v1/restorations", "/v1/restorations/stream")
         connections = Connections(host.port)
+        clients = 2 * self.batch_size * (self.replicas or num_cores())  # a batch under way and the next, everywhere
         first = await connections.post(path, images[0])
         assert first.status == 200, first
         answered = time.monotonic()
         previews = [await first_event(host.port, stream, image) for image in islice(cycle(images), self.streams)]
-        await closed_loop(connections, path, images, 3 * self.batch_size, self.seconds / 6)  # the pace is learnt
-        full = await closed_loop(connections, path, images, 3 * self.batch_size, self.seconds)
+        await closed_loop(connections, path, images, clients, self.seconds / 6)  # the pace is learnt
+        full = await closed_loop(connections, path, images, clients, self.seconds)
         capacity = rate(full)
         loads = {}
         for share in (0.5, 2.0) if self.quick else LOADS:
@@ -220,7 +228,7 @@ class Hosting:
 
     def __call__(self) -> None:
         """Deploy, and wait."""
-        from jobs.connection import connected, num_cores, prepare_environment
+        from jobs.connection import connected, prepare_environment
 
         prepare_environment()
         args = json.loads(self.args)

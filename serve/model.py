@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 ONE_STEP = Sampling(steps=1, seed=0, condition_scale=1.0, samples=1)
 HOPELESS = 2.0
 """What would take so many times longer than there is time is not even begun, however idle the model is."""
+MARGIN = 1.2
+"""What is promised in a busy time may take so many times longer than the estimate and is still there in time."""
 WARM_UP_SECONDS = 10.0
 """A full batch is restored before the first request only if it takes no longer."""
 
@@ -246,20 +249,27 @@ class LocalFaceModel:
                 f"of which {left:.0f} s are left; ask for fewer steps, samples or faces"
             )
         busy = waiting or self._running is not None
-        if busy and ahead + own > left:
+        # In a busy time others fill up the batch that it will be in, and it comes out when they do.
+        batch = self.runner.most * sampling.cost
+        batches = math.ceil((self.line.cost + num_faces * sampling.cost) / batch)
+        through = MARGIN * (self.seconds_running() + self.pace.estimate(batches * batch))
+        if busy and through > left:
             raise Overloaded(
                 f"the model has {ahead:.0f} s of work before this request, which has {left:.0f} s left; ask "
                 "again later",
-                max(1.0, ahead + own - left),
+                max(1.0, through - left),
             )
 
     def seconds_ahead(self) -> float:
-        """Until a request that comes now would be restored, by estimate."""
-        running = 0.0
-        if self._running is not None:
-            since, cost = self._running
-            running = max(0.0, self.pace.estimate(cost) - (time.monotonic() - since))
-        return running + self.pace.estimate(self.line.cost)
+        """Of work that was there before, by estimate."""
+        return self.seconds_running() + self.pace.estimate(self.line.cost)
+
+    def seconds_running(self) -> float:
+        """Until the batch under way is done, by estimate."""
+        if self._running is None:
+            return 0.0
+        since, cost = self._running
+        return max(0.0, self.pace.estimate(cost) - (time.monotonic() - since))
 
     async def _batches(self) -> None:
         """Restore what is in line, batch after batch."""
