@@ -7,6 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+SLOW := slow
 EXTRAS := ray,serve,client,data,s3,launcher,lpips,identity,metrics,mlflow,wandb,demo,test,dev
 
 # What an active environment leaves behind must not reach ours.
@@ -26,7 +27,7 @@ test: $(READY) ## the quick suite, Ray and S3 included
 	@$(PYTHON) -m pytest -m "not slow"
 
 test-slow: $(READY) ## the tests that take minutes
-	@$(PYTHON) -m pytest -m slow
+	@$(PYTHON) -m pytest -m "$(SLOW)"
 
 check: $(READY) ## lint, formatting, types, layers
 	$(PYTHON) -m ruff check .

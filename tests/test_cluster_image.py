@@ -51,6 +51,7 @@ def test_every_copied_path_is_there_and_travels_to_the_builder() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_its_steps_make_an_environment_in_which_everything_runs(tmp_path: Path) -> None:
     """install.sh, then the layout that the Dockerfile copies, with that environment's commands and no other package."""

@@ -26,7 +26,7 @@ from tests.conftest import REPOSITORY
 from tests.manifests import rendered
 from tests.test_job_submit import free_ports, stop
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
 START_SECONDS, JOB_SECONDS = 90, 600
 

@@ -164,6 +164,7 @@ COMMANDS = {
 @pytest.mark.s3
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_jobs_really_do_their_work_with_these_rights(store: Store, tmp_path: Path) -> None:
     tiny.new_pipeline().save_pretrained(tmp_path / "weights")

@@ -266,6 +266,7 @@ def serving(folder: Path) -> Iterator[Client]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_every_metric_of_alerts_and_dashboard_is_exported(scrapes: Scrapes) -> None:
     missing = {name: places for name, places in wanted().items() if name not in scrapes.lines and name not in SOMETIMES}
@@ -274,6 +275,7 @@ def test_every_metric_of_alerts_and_dashboard_is_exported(scrapes: Scrapes) -> N
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_labels_that_queries_choose_and_group_by_are_there(scrapes: Scrapes) -> None:
     by_prometheus = {"cluster", "work", "node_type", "group", "pod", "job", "le"}

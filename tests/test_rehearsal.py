@@ -30,6 +30,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.timeout(900)

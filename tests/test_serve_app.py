@@ -357,6 +357,7 @@ def visit(endpoint: Client, number: int) -> int:
 
 @ray_test
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_an_hours_requests_beside_a_thousand_idle_connections_leave_memory_flat(endpoint: Client) -> None:
     """3,600 requests, one a second for an hour, as fast as they are answered."""
