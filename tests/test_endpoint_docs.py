@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from benchmarks.endpoint_table import PAGE, RESULTS, numbers, with_numbers
 from serve.api import make_app
 from serve.deployment import DeploymentSettings
 from serve.keys import Key
@@ -18,7 +19,7 @@ from serve.protocol import RestorationOptions
 from serve.settings import EndpointSettings
 from tests.serving import FakeRestorer
 
-TEXT = (Path(__file__).parent.parent / "docs" / "endpoint.md").read_text("utf-8")
+TEXT = PAGE.read_text("utf-8")
 
 
 def rows(head: str) -> list[list[str]]:
@@ -77,3 +78,8 @@ def test_every_heading_that_is_linked_is_there() -> None:
         for line in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
+
+
+def test_numbers_are_those_that_were_measured() -> None:
+    measured = numbers(json.loads(RESULTS.read_text("utf-8")))
+    assert with_numbers(TEXT, measured) == TEXT, "run `python benchmarks/endpoint_table.py`"
