@@ -12,7 +12,12 @@ MOST_PARTS = 4096
 """Chunks of a PNG, segments and stray bytes of a JPEG, before the pixels. Pillow reads them one by one in Python: 20 MB
 of empty ones take seconds. The largest photos with all their metadata have some hundred."""
 
+MOST_SCANS = 256
+"""Of a JPEG. Each goes over all pixels, however few bytes it has: 20 MB of short ones take many minutes. Ten are usual;
+the bytes of metadata, and of a film behind the picture, look like one now and then."""
+
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_SCAN = b"\xff\xda"  # which cannot stand among a scan's own bytes
 _ENDS = (0xD9, 0xDA)  # end of image, start of scan
 _ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a segment
 
@@ -21,7 +26,7 @@ def check_header(data: bytes, max_pixels: int) -> None:
     """Refuse what is no image, or one that is too large, by its header alone.
 
     Raises:
-        InputError: empty, of another format, damaged, or with a header of too many parts.
+        InputError: empty, of another format, damaged, or with a header of too many parts or a JPEG of too many scans.
         Problem: too-large.
     """
     if not data:
@@ -29,6 +34,8 @@ def check_header(data: bytes, max_pixels: int) -> None:
     parts = png_chunks(data) if data.startswith(_PNG) else jpeg_segments(data) if data.startswith(_JPEG) else 0
     if parts >= MOST_PARTS:
         raise InputError(f"{NAME} has {MOST_PARTS:,} parts or more before its pixels; export it again without metadata")
+    if data.startswith(_JPEG) and (scans := data.count(_SCAN)) > MOST_SCANS:
+        raise InputError(f"{NAME} has {scans:,} scans, expected at most {MOST_SCANS}; save it again as a usual JPEG")
     width, height = open_header(data, NAME).size
     if width * height > max_pixels:
         raise Problem(

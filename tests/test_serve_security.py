@@ -24,7 +24,7 @@ from PIL import Image
 from ldbfr.errors import ConfigError, InputError
 from serve import bodies
 from serve.api import make_app
-from serve.bombs import MOST_PARTS, check_header
+from serve.bombs import MOST_PARTS, MOST_SCANS, check_header
 from serve.keys import EVERYONE, Key, KeyRing, digest_of, load_keys
 from serve.keys import main as make_key
 from serve.limits import Limits
@@ -687,6 +687,11 @@ def bomb(name: str) -> bytes:
             return b"\xff\xd8" + b"\xff" * 1_000_000
         case "junk in a jpeg":
             return b"\xff\xd8" + bytes(1_000_000)
+        case "scans of a jpeg":
+            Image.new("L", (2_000, 2_000)).save(file, "JPEG", progressive=True)
+            data = bytearray(file.getvalue())
+            start = data.rindex(b"\xff\xda")
+            return bytes(data[:start] + data[start:-2] * MOST_SCANS + data[-2:])
         case "webp":
             Image.new("RGB", (8, 8)).save(file, "WEBP")
             return webp_canvas(13_000, file.getvalue()[12:])
@@ -725,6 +730,7 @@ def webp_canvas(side: int, frame: bytes) -> bytes:
         ("segments of a jpeg", "bad-image"),
         ("padding of a jpeg", "bad-image"),
         ("junk in a jpeg", "bad-image"),
+        ("scans of a jpeg", "bad-image"),
         ("webp", "too-large"),
         ("larger webp", "bad-image"),
         ("tiff", "too-large"),
@@ -765,6 +771,7 @@ def test_photos_with_much_metadata_pass() -> None:
     Image.new("RGB", (64, 64)).save(file, "JPEG", icc_profile=bytes(500_000), progressive=True)
 
     check_header(file.getvalue(), 10_000)
+    check_header(file.getvalue() + b"\xff\xda film" * 100, 10_000)
 
 
 # ----------------------------------------------------------------------------------------------- browsers and sockets
