@@ -69,7 +69,7 @@ class LocalFaceModel:
         self.line, self.pace = Line(), Pace()
         self.broken: str | None = None
         self.last_success = float("-inf")
-        self._running: tuple[float, int] | None = None  # since when, and what it costs
+        self._running: tuple[float, int, Sampling] | None = None  # since when, what it costs, and how
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._arrived = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
@@ -237,7 +237,8 @@ class LocalFaceModel:
         self.line.drop_unwanted()
         waiting = sum(len(one.faces) for one in self.line.waiting)
         ahead = self.seconds_ahead()
-        own = self.pace.estimate(num_faces * sampling.cost)
+        cost = num_faces * sampling.cost
+        own = self.pace.estimate(cost)
         left = deadline - time.monotonic()
         if waiting and waiting + num_faces > self.most_waiting:
             raise Overloaded(f"{waiting} faces wait for the model already; ask again later", max(1.0, ahead / 2))
@@ -248,15 +249,19 @@ class LocalFaceModel:
                 f"{num_faces} faces in {sampling.steps} steps, {sampling.samples} times, would take about {own:.0f} s, "
                 f"of which {left:.0f} s are left; ask for fewer steps, samples or faces"
             )
-        busy = waiting or self._running is not None
-        # In a busy time others fill up the batch that it will be in, and it comes out when they do.
-        batch = self.runner.most * sampling.cost
-        batches = math.ceil((self.line.cost + num_faces * sampling.cost) / batch)
-        through = MARGIN * (self.seconds_running() + self.pace.estimate(batches * batch))
-        if busy and through > left:
+        there = [one.sampling for one in self.line.waiting]
+        if self._running is not None:
+            there.append(self._running[-1])
+        cost, company = self.line.cost + cost, ""
+        if sampling in there:
+            # In a busy time others like it fill up the batch that it will be in, and it comes out when they do.
+            batch = self.runner.most * sampling.cost
+            cost, company = math.ceil(cost / batch) * batch, " with others in its batch"
+        through = MARGIN * (self.seconds_running() + self.pace.estimate(cost))
+        if there and through > left:
             raise Overloaded(
-                f"the model has {ahead:.0f} s of work before this request, which has {left:.0f} s left; ask "
-                "again later",
+                f"the model has {ahead:.0f} s of work before this request, which has {left:.0f} s left and may be "
+                f"through after {through:.0f} s{company}; ask again later",
                 max(1.0, through - left),
             )
 
@@ -268,7 +273,7 @@ class LocalFaceModel:
         """Until the batch under way is done, by estimate."""
         if self._running is None:
             return 0.0
-        since, cost = self._running
+        since, cost, _ = self._running
         return max(0.0, self.pace.estimate(cost) - (time.monotonic() - since))
 
     async def _batches(self) -> None:
@@ -302,7 +307,7 @@ class LocalFaceModel:
         """Let the thread restore a batch, and hand the results out."""
         cost, faces = sum(one.cost for one in batch), sum(len(one.faces) for one in batch)
         started = time.monotonic()
-        self._running = started, cost
+        self._running = started, cost, batch[0].sampling
         outcomes: list[Outcome] = []
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self.runner, batch)

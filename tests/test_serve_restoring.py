@@ -585,10 +585,38 @@ def test_in_a_busy_time_a_request_is_told_by_the_batch_that_others_fill() -> Non
         first = asyncio.create_task(model.restore(job(), soon()))
         await asyncio.to_thread(begun.wait)
         full = (4 + 4 * 4) * MARGIN
-        with pytest.raises(Overloaded):
+        with pytest.raises(Overloaded, match=r"left and may be through after \d+ s with others in its batch; ask"):
             await model.restore(job(), soon(full - 0.5))
         second = asyncio.create_task(model.restore(job(), soon(full + 2)))
         await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(first, second)
+
+    def between(step: int) -> None:
+        begun.set()
+        go_on.wait(10)
+
+    begun, go_on = threading.Event(), threading.Event()
+    pipeline = Slow(between)
+    run(crowded())
+
+
+def test_in_a_busy_time_a_request_of_another_kind_is_told_by_its_own_batch() -> None:
+    """Nobody shares it, so it is not made to wait for what a full one takes, which would be never."""
+
+    async def crowded() -> None:
+        model = local(pipeline, batch_faces=4)
+        model.pace.learn(job().steps or 0, 2.0)  # a second a step: four seconds a face
+        first = asyncio.create_task(model.restore(job(), soon()))
+        await asyncio.to_thread(begun.wait)
+        long = job(steps=4, samples=2)  # ten seconds; four of them take forty
+        promised = (4 + 10) * MARGIN
+        with pytest.raises(Overloaded, match=r"s left and may be through after \d+ s; ask again"):
+            await model.restore(long, soon(promised - 2))
+        second = asyncio.create_task(model.restore(long, soon(promised + 2)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="with others in its batch"):
+            await model.restore(long, soon(promised + 15))
         go_on.set()
         await asyncio.gather(first, second)
 
