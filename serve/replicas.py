@@ -5,11 +5,13 @@ Errors that a client is to see go from process to process as values: raised, Ray
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -21,6 +23,9 @@ from serve.deployment import DeploymentSettings
 from serve.observability import log_as_json
 from serve.parts import until
 from serve.protocol import DeadlineExceeded, FaceJob, FacePreview, FaceResult, ModelInfo, Overloaded
+
+if TYPE_CHECKING:
+    from serve.model import LocalFaceModel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,6 +53,11 @@ class Due(NamedTuple):
     def of(cls, deadline: float) -> Due:
         """Of a deadline in this process's `time.monotonic()`."""
         return cls(deadline - time.monotonic(), time.time())
+
+    @classmethod
+    def early(cls, deadline: float) -> Due:
+        """For a replica: so early that it can say itself that the time is up, before it is not listened to any more."""
+        return cls.of(deadline - 2 * LAST_SECONDS)
 
     def here(self) -> float:
         """The same in this process; a clock that is late does not give more time."""
@@ -88,6 +98,7 @@ class FaceModelReplica:
         try:
             result = await self.model.restore(job, due.here())
         except LDBFRError as error:
+            end_if_broken(self.model)
             return error
         self.observe(result)
         return result
@@ -101,6 +112,7 @@ class FaceModelReplica:
                         self.observe(event)
                     yield event
         except LDBFRError as error:
+            end_if_broken(self.model)
             yield error
 
     def observe(self, result: FaceResult) -> None:
@@ -115,7 +127,10 @@ class FaceModelReplica:
         Raises:
             RuntimeError: the model does not work.
         """
-        await self.model.check(self.period)
+        try:
+            await self.model.check(self.period)
+        finally:
+            end_if_broken(self.model)
 
     async def __del__(self) -> None:
         """Called by Serve at the end, once the requests under way are done."""
@@ -135,6 +150,7 @@ class RayFaceModel:
         self.known: ModelInfo | None = None
         self.heard = float("-inf")
         """When a replica answered last."""
+        self._asking: asyncio.Task[ModelInfo] | None = None
 
     async def info(self) -> ModelInfo:
         """About the model; what was heard a moment ago is not asked again, so that a full queue does not matter.
@@ -142,15 +158,29 @@ class RayFaceModel:
         Raises:
             Overloaded: no replica answers.
         """
-        if self.known is None or time.monotonic() - self.heard > INFO_SECONDS:
-            deadline = time.monotonic() + INFO_SECONDS
-            self.known = await self._ask(deadline, lambda: self.handle.info.remote())
-        return self.known
+        if self.known is not None and time.monotonic() - self.heard <= INFO_SECONDS:
+            return self.known
+        if self._asking is None or self._asking.done():  # whoever comes meanwhile waits for the same answer
+            self._asking = asyncio.create_task(self._learn())
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if all have gone
+        return await asyncio.shield(self._asking)
+
+    async def _learn(self) -> ModelInfo:
+        """Ask what the model is, unless all are too busy to say and it is known already; see `info`."""
+        begun = time.monotonic()
+        try:
+            known: ModelInfo = await self._ask(begun + INFO_SECONDS, lambda: self.handle.info.remote())
+        except (Overloaded, DeadlineExceeded):
+            if self.known is None or self.heard < begun:
+                raise
+            return self.known
+        self.known = known
+        return known
 
     async def restore(self, job: FaceJob, deadline: float) -> FaceResult:
         """Restore faces; see `FaceModel`."""
         answer: FaceResult | LDBFRError = await self._ask(
-            deadline, lambda: self.handle.restore.remote(job, Due.of(deadline))
+            deadline, lambda: self.handle.restore.remote(job, Due.early(deadline))
         )
         if isinstance(answer, LDBFRError):
             raise answer
@@ -216,7 +246,7 @@ class RayFaceModel:
 
     def _stream(self, job: FaceJob, deadline: float) -> DeploymentResponseGenerator[Any]:
         """Ask for a stream."""
-        responses = self.handle.options(stream=True).stream.remote(job, Due.of(deadline))
+        responses = self.handle.options(stream=True).stream.remote(job, Due.early(deadline))
         assert isinstance(responses, DeploymentResponseGenerator)
         return responses
 
@@ -230,6 +260,17 @@ class RayFaceModel:
         if self.heard >= begun:
             return error
         return Overloaded("no copy of the model answered in time; ask again", RETRY_SECONDS)
+
+
+def end_if_broken(model: LocalFaceModel) -> None:
+    """End this process if the model's device failed: whoever asked goes to another replica at once.
+
+    Serve would wait for several failed checks, and a replica that refuses everything is free for ever more requests.
+    """
+    if model.broken is not None:
+        log.critical("the device failed, so this replica ends: %s", model.broken)
+        logging.shutdown()
+        os._exit(1)
 
 
 def give_up(error: Exception, attempt: int) -> None:

@@ -19,6 +19,7 @@ from ldbfr.images import DEFAULT_LIMITS, ImageLimits, Pixels
 from ldbfr.photos.settings import PhotoSettings
 from serve.parts import until
 from serve.protocol import (
+    DeadlineExceeded,
     FaceJob,
     FaceModel,
     FacePreview,
@@ -131,7 +132,7 @@ class PhotoService:
         """Whether a request would be answered now; photos need the detector, but aligned faces do without."""
         try:
             self._info = await self.model.info()
-        except Overloaded:
+        except (Overloaded, DeadlineExceeded):
             return False
         return True
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -29,12 +32,13 @@ from ldbfr.pipeline import LDBFRPipeline
 from serve.deployment import DeploymentSettings
 from serve.model import LocalFaceModel
 from serve.model_info import describe
-from serve.protocol import RestorationOptions, Restored
-from serve.replicas import Due
+from serve.protocol import DeadlineExceeded, RestorationOptions, Restored
+from serve.replicas import Due, FaceModelReplica, RayFaceModel
 from serve.restoring import PhotoService
 from tests import tiny
 from tests.conftest import REPOSITORY
 from tests.serve_load import Answer, Client, replicas, wait_for
+from tests.test_serve_restoring import INFO, Slow, collected, job, local
 
 pytest.importorskip("ray.serve")
 ray_test = pytest.mark.ray
@@ -173,6 +177,88 @@ def test_a_deadline_means_the_same_elsewhere() -> None:
     assert due.here() == pytest.approx(time.monotonic() + 10, abs=0.1)
     assert due._replace(then=due.then - 4).here() == pytest.approx(time.monotonic() + 6, abs=0.1)
     assert due._replace(then=due.then + 4).here() == pytest.approx(time.monotonic() + 10, abs=0.1)
+
+
+def handle_of(**methods: Any) -> Any:
+    """The handle of a deployment whose replica, on another machine, has these methods."""
+
+    def method_of(method: Any) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(method(*arguments)))
+
+    return SimpleNamespace(**{name: method_of(method) for name, method in methods.items()})
+
+
+def test_a_copy_that_takes_too_long_says_so_itself() -> None:
+    """As nobody else had an answer either, the ingress would take it for dead, and have the client ask again."""
+
+    async def late() -> None:
+        replica: Any = SimpleNamespace(model=local(Slow(between)))
+        model = RayFaceModel(handle_of(restore=partial(FaceModelReplica.restore, replica)))
+        try:
+            with pytest.raises(DeadlineExceeded):
+                await model.restore(job(), time.monotonic() + 1.5)
+        finally:
+            go_on.set()
+
+    def between(step: int) -> None:
+        go_on.wait(10)
+
+    go_on = threading.Event()
+    asyncio.run(late())
+
+
+def test_a_full_queue_is_a_sign_of_life_and_one_asks_for_all() -> None:
+    from ray.serve.exceptions import BackPressureError
+
+    asked = 0
+
+    async def info() -> Any:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.01)
+        if asked > 1:
+            raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        return INFO
+
+    async def busy() -> None:
+        model = RayFaceModel(handle_of(info=info))
+        assert await asyncio.gather(*(model.info() for _ in range(5))) == [INFO] * 5
+        assert asked == 1
+        model.heard -= 60
+        assert await PhotoService(model).ready()
+        assert asked == 2
+        model.known, model.heard = None, model.heard - 60
+        assert not await PhotoService(model).ready(), "what it is, nobody knows"
+
+    asyncio.run(busy())
+
+
+def test_a_replica_with_a_broken_device_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tells those who wait, who go to another one; to answer everything by 503 would draw them here."""
+    ended: list[int] = []
+
+    def end(code: int) -> None:
+        ended.append(code)
+        raise SystemError  # nothing goes on after the real one
+
+    def broken(step: int) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    async def tried() -> None:
+        calls: tuple[Callable[[Any, Due], Awaitable[Any]], ...] = (
+            lambda replica, due: FaceModelReplica.restore(replica, job(), due),
+            lambda replica, due: collected(FaceModelReplica.stream(replica, job(), due)),
+            lambda replica, due: FaceModelReplica.check_health(replica),
+        )
+        for call in calls:
+            replica = SimpleNamespace(model=local(Slow(broken)), period=10)
+            with pytest.raises(SystemError):
+                await call(replica, Due.of(time.monotonic() + 60))
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    asyncio.run(tried())
+    assert ended == [1, 1, 1]
 
 
 # ---- over HTTP ----
