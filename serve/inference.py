@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class BatchRunner:
         """
         started = time.monotonic()
         watch = Watch(self.pipeline, batch)
-        watch.first_stage()
+        watch.first_stage(self.first_stage)
         faces = np.concatenate([one.faces for one in batch])
         images, samples, uncertainty = self.run(faces, watch, watch.after_step)
         seconds = time.monotonic() - started
@@ -113,12 +113,11 @@ class BatchRunner:
                 callback_on_step_end=after_step,
             )
         except (RuntimeError, MemoryError) as error:
-            if len(faces) == 1 or not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            if len(faces) == 1 or not lacks_memory(error):
                 raise
         else:
             return output.images, None if output.samples is None else np.stack(output.samples), output.uncertainty
-        self.most = min(self.most, len(faces) // 2)
-        release_memory()  # outside of the except clause, where the error would keep what it is to give back
+        self.halve(len(faces))
         half = len(faces) // 2
         # Which faces a step's latents belong to is not known any more, so previews end; it can still be abandoned.
         first, second = (self.run(part, watch, lambda *_: watch.check()) for part in (faces[:half], faces[half:]))
@@ -127,6 +126,27 @@ class BatchRunner:
             None if first[1] is None or second[1] is None else np.concatenate([first[1], second[1]], axis=1),
             None if first[2] is None or second[2] is None else np.concatenate([first[2], second[2]]),
         )
+
+    def first_stage(self, faces: Pixels) -> Pixels:
+        """What DC-VQR alone makes of faces (n, S, S, 3), in smaller batches if need be."""
+        try:
+            return self.pipeline(faces, num_inference_steps=0).images
+        except (RuntimeError, MemoryError) as error:
+            if len(faces) == 1 or not lacks_memory(error):
+                raise
+        self.halve(len(faces))
+        half = len(faces) // 2
+        return np.concatenate([self.first_stage(part) for part in (faces[:half], faces[half:])])
+
+    def halve(self, count: int) -> None:
+        """So many faces were too many; not to be called in an except clause, whose error keeps what is to be freed."""
+        self.most = min(self.most, count // 2)
+        release_memory()
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether this is for want of memory, of a GPU or a CPU."""
+    return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
 def parts(batch: Sequence[Waiting]) -> list[slice]:
@@ -153,13 +173,13 @@ class Watch:
         if not any(one.is_wanted for one in self.batch):
             raise AbandonedError
 
-    def first_stage(self) -> None:
+    def first_stage(self, restore: Callable[[Pixels], Pixels]) -> None:
         """Show what DC-VQR alone makes of the faces, to those who want to see it."""
         self.check()
         if not self.watched:
             return
         shown = np.concatenate([one.faces for one in self.batch if one.tell is not None])
-        images = self.pipeline(shown, num_inference_steps=0).images
+        images = restore(shown)
         start = 0
         for tell, part in self.watched:
             end = start + part.stop - part.start

@@ -18,7 +18,7 @@ import numpy as np
 from ldbfr.errors import ConfigError
 from ldbfr.pipeline import LDBFRPipeline
 from serve.batching import Line, Pace, Sampling, Waiting
-from serve.inference import AbandonedError, BatchRunner, BrokenDeviceError, Outcome
+from serve.inference import AbandonedError, BatchRunner, BrokenDeviceError, Outcome, lacks_memory
 from serve.model_info import describe
 from serve.parts import Events, answers, cancel, is_over, joined, overall, until
 from serve.protocol import (
@@ -103,16 +103,25 @@ class LocalFaceModel:
 
     def warm_up(self) -> None:
         """Let torch choose its kernels and take its memory, and learn how fast the model is."""
-        pipeline, most = self.runner.pipeline, self.runner.most
-        for count in dict.fromkeys((1, most)):
-            if count > 1 and self.pace.estimate(count * ONE_STEP.cost) > WARM_UP_SECONDS:
-                return
-            faces = np.zeros((count, pipeline.side, pipeline.side, 3), np.uint8)
-            pipeline(faces, num_inference_steps=1)  # the first time is no measure
-            started = time.monotonic()
-            pipeline(faces, num_inference_steps=1)
-            self.pace = Pace()
-            self.pace.learn(count * ONE_STEP.cost, time.monotonic() - started)
+        self.measure(1)
+        while (most := self.runner.most) > 1 and self.pace.estimate(most * ONE_STEP.cost) <= WARM_UP_SECONDS:
+            try:
+                return self.measure(most)
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
+            self.runner.halve(most)
+            log.warning("the memory does not suffice for %d faces at a time, %d are tried", most, self.runner.most)
+
+    def measure(self, count: int) -> None:
+        """Restore so many faces in one step, and take how long it took for the model's pace."""
+        pipeline = self.runner.pipeline
+        faces = np.zeros((count, pipeline.side, pipeline.side, 3), np.uint8)
+        pipeline(faces, num_inference_steps=1)  # the first time is no measure
+        started = time.monotonic()
+        pipeline(faces, num_inference_steps=1)
+        self.pace = Pace()
+        self.pace.learn(count * ONE_STEP.cost, time.monotonic() - started)
 
     # ---- FaceModel ----
 

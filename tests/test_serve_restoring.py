@@ -685,17 +685,24 @@ def test_threads_are_bounded_and_so_are_those_who_wait() -> None:
 # ---- failures ----
 
 
-class Refusing(Slow):
-    """Runs out of memory above a number of faces, and fails on faces of one colour."""
+class Tight(Slow):
+    """Runs out of memory above a number of faces."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, error: Exception | None = None) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.error = most, error or torch.OutOfMemoryError("CUDA out of memory")
 
     def __call__(self, faces: np.ndarray, **options: Any) -> Any:
         if len(faces) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if any(np.ptp(face) == 0 for face in faces):
+            raise self.error
+        return super().__call__(faces, **options)
+
+
+class Refusing(Tight):
+    """Fails on faces of one colour too."""
+
+    def __call__(self, faces: np.ndarray, **options: Any) -> Any:
+        if len(faces) <= self.most and any(np.ptp(face) == 0 for face in faces):
             raise RuntimeError("refused")
         return super().__call__(faces, **options)
 
@@ -728,6 +735,25 @@ def test_batches_become_smaller_where_the_memory_does_not_suffice() -> None:
     assert np.abs(result.images.astype(int) - alone.images).max() <= 1
     assert result.samples is not None
     assert result.samples.shape == (2, 8, 32, 32, 3)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_batch_that_is_too_large_is_found_out_at_the_start(error: Exception) -> None:
+    pipeline = Tight(3, error)
+    model = local(pipeline, batch_faces=16)
+    model.warm_up()
+    assert model.runner.most == 2
+    assert pipeline.sizes == [1, 1, 2, 2]
+    assert model.pace.estimate(1) > 0
+
+
+def test_previews_too_become_smaller_where_the_memory_does_not_suffice() -> None:
+    model = local(Tight(3), batch_faces=8)
+    first, *_, result = run(collected(model.stream(job(8), soon())))
+    alone = tiny.pipeline()(tiny.blob_faces(8), num_inference_steps=0).images
+    assert np.abs(first.images.astype(int) - alone).max() <= 1
+    assert len(result.images) == 8
+    assert model.runner.most == 2
 
 
 def test_a_broken_device_is_not_asked_again() -> None:
