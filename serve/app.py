@@ -81,9 +81,10 @@ class Endpoint:
 
 
 def job_options(settings: DeploymentSettings) -> tuple[str, ...]:
-    """Of jobs/restore.py, for every archive job: the endpoint's own weights."""
+    """Of jobs/restore.py, for every archive job: the endpoint's own weights and detector."""
     workers = () if settings.job_workers is None else ("--workers", settings.job_workers)
-    return ("--weights", settings.weights, *workers)
+    detector = () if settings.detector is None else ("--detector", settings.detector)
+    return ("--weights", settings.weights, *workers, *detector)
 
 
 def proxy_host() -> str:
@@ -116,9 +117,24 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     settings = DeploymentSettings.from_args(args)
     weights = Weights.find(settings.weights)
+    check_steps(weights, settings)
     log.info("weights %s, digest %s", weights.reference, weights.digest)
     settings = settings.model_copy(update={"weights": weights.reference})  # replicas may have another working folder
     return endpoint(settings).bind(face_model(settings).bind(settings), settings)
+
+
+def check_steps(weights: Weights, settings: DeploymentSettings) -> None:
+    """Refuse weights whose own number of steps, which a request that names none gets, is more than a request may have.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    steps = weights.preset.sampling.num_inference_steps
+    if steps > settings.max_steps:
+        raise ConfigError(
+            f"max_steps {settings.max_steps}: the weights {weights.reference} take {steps} steps unless a request says "
+            f"otherwise; raise it to {steps}, or export the weights with fewer"
+        )
 
 
 def face_model(settings: DeploymentSettings) -> ray_serve.Deployment:
@@ -143,7 +159,7 @@ def face_model(settings: DeploymentSettings) -> ray_serve.Deployment:
         max_ongoing_requests=settings.ongoing_per_replica,
         max_queued_requests=settings.max_queued,
         **scaling,
-        **lifetimes(settings),
+        **lifetimes(settings, settings.deadline_seconds),
     )
 
 
@@ -157,17 +173,17 @@ def endpoint(settings: DeploymentSettings) -> ray_serve.Deployment:
         max_ongoing_requests=settings.max_requests + OTHER_REQUESTS,
         max_queued_requests=OTHER_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_SECONDS),
-        **lifetimes(settings),
+        **lifetimes(settings, settings.upload_seconds + settings.deadline_seconds),
     )
 
 
-def lifetimes(settings: DeploymentSettings) -> dict[str, Any]:
-    """How replicas are watched, replaced and ended."""
+def lifetimes(settings: DeploymentSettings, longest: float) -> dict[str, Any]:
+    """How replicas are watched, replaced and ended, where a request takes so many seconds at most."""
     return {
         "health_check_period_s": settings.health_check_seconds,
         "health_check_timeout_s": HEALTH_TIMEOUT,
         # What is under way ends; and the new ones work before the old ones go, so nobody notices a redeploy.
-        "graceful_shutdown_timeout_s": settings.deadline_seconds + SPARE_SECONDS,
+        "graceful_shutdown_timeout_s": longest + SPARE_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_surge_percent": 100,
     }

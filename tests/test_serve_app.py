@@ -166,10 +166,35 @@ def test_one_replica_has_all_cores_and_several_share_them() -> None:
 
 
 def test_archive_jobs_take_the_endpoints_weights() -> None:
+    import tyro
+
+    from jobs.restore import Restore
     from serve.app import job_options
 
     assert job_options(DeploymentSettings(weights="/w")) == ("--weights", "/w")
     assert job_options(DeploymentSettings(weights="/w", job_workers="1:4")) == ("--weights", "/w", "--workers", "1:4")
+    own = job_options(DeploymentSettings(weights="/w", detector="/d.onnx"))
+    assert own == ("--weights", "/w", "--detector", "/d.onnx")
+    parsed = tyro.cli(Restore, args=["--input", "s3://bucket/in", "--output", "s3://bucket/out", *own])
+    assert (parsed.weights, parsed.detector) == ("/w", "/d.onnx")
+
+
+def test_a_request_without_steps_is_within_the_limit_too(weights: Path) -> None:
+    from serve.app import build_app
+
+    steps = tiny.preset().sampling.num_inference_steps
+    build_app({"weights": str(weights), "max_steps": steps})
+    with pytest.raises(ConfigError, match=f"max_steps {steps - 1}: the weights .*tiny take {steps} steps"):
+        build_app({"weights": str(weights), "max_steps": steps - 1})
+
+
+def test_a_replica_that_ends_has_time_for_the_longest_request() -> None:
+    """The ingress has it from the first byte of its body on."""
+    from serve.app import SPARE_SECONDS, endpoint, face_model
+
+    settings = DeploymentSettings(upload_seconds=20, deadline_seconds=40)
+    for deployment, longest in ((endpoint(settings), 60), (face_model(settings), 40)):
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == longest + SPARE_SECONDS
 
 
 def test_a_deadline_means_the_same_elsewhere() -> None:
