@@ -18,7 +18,7 @@ class Access:
 
     def __init__(self, settings: EndpointSettings) -> None:
         self.ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
-        self.hosts = {settings.host, *settings.allowed_hosts}
+        self.hosts = {name.lower() for name in (settings.host, *settings.allowed_hosts)}
 
     def who(self, request: Request) -> Key:
         """The key of a request, noted for the log by its name; Problem unauthorized or forbidden."""
