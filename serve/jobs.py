@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -39,6 +40,8 @@ ID = re.compile(r"restore-[0-9a-f]{16}")
 MARK = "ldbfr-endpoint"
 """In a job's metadata: the endpoint that started it."""
 THREADS = 4
+CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 30.0
+"""In which the job server takes a connection, and says something."""
 RETRY_SECONDS = 5.0
 STOP_SECONDS, LOOK_SECONDS = 10.0, 0.25
 EXIT_BAD_REQUEST = 2
@@ -71,6 +74,7 @@ class RayJobs:
         self.runtime_env, self.name, self.most_active = dict(runtime_env or {}), name, most_active
         self._client: JobSubmissionClient | None = None
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")  # Ray's client blocks
+        self._looking = ThreadPoolExecutor(THREADS, thread_name_prefix="progress")  # a slow bucket holds up no job
 
     @classmethod
     def of_replica(cls, options: Sequence[str] = (), *, name: str = "ldbfr") -> Self:
@@ -129,7 +133,7 @@ class RayJobs:
         status = status_of(details)
         if details.driver_exit_code == EXIT_BAD_REQUEST or status.status == "pending":
             return status
-        progress = await asyncio.get_running_loop().run_in_executor(self._pool, progress_of, status.output)
+        progress = await asyncio.get_running_loop().run_in_executor(self._looking, progress_of, status.output)
         return status.model_copy(update={"progress": progress})
 
     async def list(self) -> Sequence[JobStatus]:
@@ -157,7 +161,8 @@ class RayJobs:
 
     def close(self) -> None:
         """Begin nothing further; jobs go on."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._looking):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- Ray ----
 
@@ -207,10 +212,8 @@ class RayJobs:
 
     def _ask(self, ask: Callable[[JobSubmissionClient], Result]) -> Result:
         """The same, in this thread."""
-        from ray.job_submission import JobSubmissionClient
-
         try:
-            client = self._client = self._client or JobSubmissionClient(self.address)
+            client = self._client = self._client or impatient_client()(self.address)
             return ask(client)
         except (RuntimeError, OSError) as error:  # what Ray's client raises; errors of HTTP are OSErrors
             if "status code 404" in str(error):
@@ -218,6 +221,19 @@ class RayJobs:
             self._client = None
             log.error("the job server of the Ray cluster: %s", error)
             raise Overloaded("the cluster's job server does not answer; ask again later", RETRY_SECONDS) from error
+
+
+@cache
+def impatient_client() -> type[JobSubmissionClient]:
+    """Ray's client with time limits; it has none itself, and a job server that hangs would hold threads for ever."""
+    from ray.job_submission import JobSubmissionClient
+
+    class ImpatientClient(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            options.setdefault("timeout", (CONNECT_SECONDS, ANSWER_SECONDS))
+            return super()._do_request(method, endpoint, **options)
+
+    return ImpatientClient
 
 
 class NoSuchJobError(Exception):

@@ -7,6 +7,8 @@ import json
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 import tests.test_job_submit as submitting
 from ldbfr.client import Client, Retries, ServerError
 from serve.api import make_app
-from serve.jobs import MARK, REPOSITORY, SCRIPT, RayJobs, message_of, progress_of, status_of
+from serve.jobs import MARK, REPOSITORY, SCRIPT, THREADS, RayJobs, message_of, progress_of, status_of
 from serve.jobs_protocol import JobNotFound, JobRequest
 from serve.protocol import Overloaded
 from serve.settings import EndpointSettings
@@ -173,6 +175,45 @@ def test_a_job_server_that_fails_or_is_not_there(caplog: pytest.LogCaptureFixtur
         asyncio.run(jobs.get("restore-" + "1" * 16))
     jobs.close()
     assert "job server" in caplog.text
+
+
+def test_a_job_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.jobs.ANSWER_SECONDS", 0.2)
+    over = threading.Event()
+
+    def hang(handler: Any) -> None:
+        over.wait(20)
+        handler.drop()
+
+    with serving(hang) as server:
+        jobs = RayJobs(server.url)
+        started = time.monotonic()
+        try:
+            with pytest.raises(Overloaded, match="does not answer"):
+                asyncio.run(jobs.list())
+            assert time.monotonic() - started < 10
+        finally:
+            over.set()
+            jobs.close()
+
+
+def test_slow_progress_keeps_nobody_from_the_job_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("serve.jobs.progress_of", lambda output: over.wait(20) and None)
+
+    async def asked(jobs: RayJobs, id: str) -> None:
+        looks = [asyncio.create_task(jobs.get(id)) for _ in range(2 * THREADS)]
+        await asyncio.sleep(0.5)
+        try:
+            assert len(await asyncio.wait_for(jobs.list(), 5)) == 1
+        finally:
+            over.set()
+        assert all(one.status == "running" for one in await asyncio.gather(*looks))
+
+    with server_of(details()) as server:
+        jobs = RayJobs(server.url)
+        asyncio.run(asked(jobs, details().submission_id))
+        jobs.close()
 
 
 def test_a_job_that_was_taken_without_a_word_is_not_begun_twice() -> None:
