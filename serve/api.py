@@ -187,7 +187,7 @@ class Service:
         return Response(result.image, headers=headers, media_type=MEDIA_TYPES[result.format])
 
     async def stream(self, request: Request) -> Response:
-        """Restore an image and see it on its way; an error before the first preview is an ordinary answer."""
+        """Restore an image and see it on its way; an error at first is an ordinary answer, later an event."""
         upload, options, deadline = await self._enter(request)
         items = Items(request, self.restorer.stream(upload.data, options, deadline), deadline)
         try:

@@ -12,6 +12,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from benchmarks.endpoint_table import PAGE, RESULTS, numbers, with_numbers
 from serve.api import make_app
 from serve.deployment import DeploymentSettings
+from serve.events import KEEP_ALIVE_SECONDS
 from serve.keys import Key
 from serve.observability import Metrics
 from serve.problems import KINDS
@@ -54,6 +55,17 @@ def test_settings() -> None:
 def test_problems() -> None:
     told = {row[0].strip("`"): int(row[1]) for row in rows("type, after")}
     assert told == {slug: kind.status for slug, kind in KINDS.items()}
+
+
+def test_what_is_no_problem_of_ours_is_a_known_limit() -> None:
+    assert "but [Serve's own](#known-limits)" in TEXT
+    limits = TEXT[TEXT.index("## Known limits") :]
+    assert all(name in limits for name in ("plain text", "503", "408", "`request_timeout_s`"))
+
+
+def test_how_long_an_error_of_a_stream_is_an_ordinary_answer() -> None:
+    words = {10.0: "ten"}
+    assert f"before the first preview, if it comes within {words[KEEP_ALIVE_SECONDS]} seconds" in TEXT
 
 
 def test_keys() -> None:
