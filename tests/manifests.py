@@ -38,13 +38,18 @@ def documents(text: str) -> list[Document]:
 @cache
 def rendered(folder: str) -> tuple[Document, ...]:
     """What `kubectl apply -k` would send of a folder below cluster/; skips where nothing can build it."""
+    return built(CLUSTER / folder)
+
+
+def built(folder: Path) -> tuple[Document, ...]:
+    """What kustomize makes of a folder; skips, and says so, where there is none."""
     if kustomize := shutil.which("kustomize"):
         command = [kustomize, "build"]
     elif kubectl := shutil.which("kubectl"):
         command = [kubectl, "kustomize"]
     else:
         pytest.skip("this test needs kustomize or kubectl on PATH")
-    done = subprocess.run([*command, str(CLUSTER / folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return tuple(documents(done.stdout))
 
