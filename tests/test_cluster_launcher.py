@@ -137,6 +137,23 @@ def test_ray_opens_no_port_beside_the_security_group_that_the_readme_makes(
 
 
 @every_cloud
+def test_every_file_that_is_copied_to_the_machines_is_made_and_readable_there(cloud: str) -> None:
+    """rsync keeps the mode, and the container's user does not own the copy: 0600 would be unreadable."""
+    part = (REPOSITORY / "cluster" / "README.md").read_text().split("## 7.")[1]
+    for target, source in load(cloud)["file_mounts"].items():
+        assert re.search(rf"chmod 644 {re.escape(source)}$", part, re.M), source
+        assert re.search(rf"(chmod 700|--mode=700) {re.escape(source.rpartition('/')[0])}\b", part), source
+        assert any(f"={target}" in option for option in load(cloud)["docker"]["run_options"]), "nobody reads it"
+
+
+def test_the_readme_ends_no_cluster_under_a_job_of_the_same_block() -> None:
+    text = (REPOSITORY / "cluster" / "README.md").read_text()
+    blocks = re.findall(r"```console\n(.*?)```", text, re.S)
+    assert any("ray down" in block for block in blocks)
+    assert not [block for block in blocks if "ray down" in block and "ray job submit" in block]
+
+
+@every_cloud
 def test_machines_have_roles_of_their_own(cloud: str) -> None:
     roles = {}
     for name, machine in load(cloud)["available_node_types"].items():
