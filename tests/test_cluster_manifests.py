@@ -6,6 +6,7 @@ import copy
 import re
 import shlex
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,13 +119,37 @@ def test_pods_are_confined(overlay: str) -> None:
         assert context["runAsNonRoot"] is True, pod
         assert context["runAsUser"] > 0, pod
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, pod
-        assert pod.spec.get("automountServiceAccountToken") is (pod.role == "head"), pod
+        assert pod.spec.get("automountServiceAccountToken") is False, pod
         for container in pod.spec["containers"]:
             confined(container["securityContext"])
             assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, pod
     for document in all_of(overlay):
         if cluster := ray_cluster(document):
             confined(cluster["autoscalerOptions"]["securityContext"])
+
+
+@every_overlay
+def test_a_token_for_the_kubernetes_api_is_in_the_autoscalers_container_alone(overlay: str) -> None:
+    """Where Ray's own autoscaler looks for it, with all that it reads there."""
+    provider = pytest.importorskip("ray.autoscaler._private.kuberay.node_provider")
+    folder = str(Path(provider.IN_CLUSTER_TOKEN_PATH).parent)
+    assert str(Path(provider.IN_CLUSTER_CA_CERT_PATH).parent) == folder
+    for document in all_of(overlay):
+        for pod in pods(document):
+            tokens = {volume["name"] for volume in pod.spec.get("volumes", ()) if "serviceAccountToken" in str(volume)}
+            assert len(tokens) == (pod.role == "head"), pod
+            for container in pod.spec["containers"]:
+                assert not tokens & {mount["name"] for mount in container["volumeMounts"]}, pod
+        if cluster := ray_cluster(document):
+            spec = cluster["headGroupSpec"]["template"]["spec"]
+            (mount,) = [one for one in cluster["autoscalerOptions"]["volumeMounts"] if one["mountPath"] == folder]
+            (volume,) = [one for one in spec["volumes"] if one["name"] == mount["name"]]
+            sources = volume["projected"]["sources"]
+            assert sources[0]["serviceAccountToken"]["path"] == Path(provider.IN_CLUSTER_TOKEN_PATH).name
+            assert sources[1]["configMap"]["items"][0]["path"] == Path(provider.IN_CLUSTER_CA_CERT_PATH).name
+            assert {key for source in sources for key in source} == {"serviceAccountToken", "configMap", "downwardAPI"}
+            known = {one["name"] for one in spec["volumes"]}
+            assert {one["name"] for one in cluster["autoscalerOptions"]["volumeMounts"]} <= known
 
 
 def confined(context: Document) -> None:
