@@ -376,13 +376,17 @@ def test_the_endpoint_survives_its_head(overlay: str) -> None:
 def test_disruption_budgets_are_of_pods_that_exist(overlay: str) -> None:
     found = all_pods(overlay)
     budgets = [document for document in all_of(overlay) if document["kind"] == "PodDisruptionBudget"]
-    assert {budget["metadata"]["name"] for budget in budgets} == {"endpoint", "drivers"}
+    assert {budget["metadata"]["name"] for budget in budgets} == {"endpoint-cpu", "endpoint-gpu", "drivers"}
     for budget in budgets:
-        chosen = {str(pod) for pod in found if matches(budget["spec"]["selector"], pod.labels)}
-        if budget["metadata"]["name"] == "endpoint":
-            assert chosen == {"RayService endpoint/worker"}
+        chosen = [pod for pod in found if matches(budget["spec"]["selector"], pod.labels)]
+        name, _, group = budget["metadata"]["name"].partition("-")
+        if name == "endpoint":
+            of_group = [pod for pod in found if pod.owner == "RayService endpoint" and pod.group == group]
+            assert chosen == of_group
+            assert len(of_group) == (overlay == "production" or group == "cpu"), "the smallest group is not hidden"
         else:
-            assert chosen == {str(pod) for pod in found if pod.role == "head" and pod.labels["ldbfr.io/work"] in WORK}
+            assert chosen == [pod for pod in found if pod.role == "head" and pod.labels["ldbfr.io/work"] in WORK]
+        assert "maxUnavailable" not in budget["spec"], "not for pods of custom resources"
         assert isinstance(budget["spec"]["minAvailable"], int), (
             "of custom resources Kubernetes takes whole numbers only"
         )
