@@ -205,6 +205,14 @@ def test_what_pods_refer_to_exists(overlay: str) -> None:
             assert made or (optional and f"`{secret}`" in readme), f"{pod}: nobody says how {secret} is made"
 
 
+@every_overlay
+def test_every_account_that_pulls_the_image_is_given_the_registrys_secret(overlay: str) -> None:
+    """By the loop of the README; a pod that names no account has `default`."""
+    (loop,) = re.findall(r"for account in (.+); do\n.*patch serviceaccount", (CLUSTER / "README.md").read_text())
+    pulling = [pod for pod in all_pods(overlay) if pod.role in ("head", "worker", "submitter")]
+    assert set(loop.split()) == {pod.spec.get("serviceAccountName", "default") for pod in pulling}
+
+
 def secrets_of(pod: Pod) -> list[tuple[str, bool]]:
     """The Secrets that a pod names, and whether it does without."""
     found = [(volume["secret"]["secretName"], False) for volume in pod.spec.get("volumes", ()) if "secret" in volume]
