@@ -38,13 +38,18 @@ def documents(text: str) -> list[Document]:
 @cache
 def rendered(folder: str) -> tuple[Document, ...]:
     """What `kubectl apply -k` would send of a folder below cluster/; skips where nothing can build it."""
+    return built(CLUSTER / folder)
+
+
+def built(folder: Path) -> tuple[Document, ...]:
+    """What kustomize makes of a folder; skips, and says so, where there is none."""
     if kustomize := shutil.which("kustomize"):
         command = [kustomize, "build"]
     elif kubectl := shutil.which("kubectl"):
         command = [kubectl, "kustomize"]
     else:
         pytest.skip("this test needs kustomize or kubectl on PATH")
-    done = subprocess.run([*command, str(CLUSTER / folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return tuple(documents(done.stdout))
 
@@ -134,11 +139,15 @@ class Pod:
     spec: Document
     start: Document
     """rayStartParams; {} of what is no node of Ray."""
+    group: str = ""
+    """Of a worker, its group's name."""
 
     @property
     def labels(self) -> dict[str, str]:
         """The template's, with what KubeRay adds."""
         added = {"ray.io/node-type": self.role} if self.role in ("head", "worker") else {}
+        if self.group:
+            added["ray.io/group"] = self.group
         return {**self.metadata.get("labels", {}), **added}
 
     def __str__(self) -> str:
@@ -165,7 +174,8 @@ def pods(document: Document) -> Iterator[Pod]:
         yield Pod(owner, "head", template.get("metadata", {}), template["spec"], head["rayStartParams"])
         for group in cluster.get("workerGroupSpecs", ()):
             template = group["template"]
-            yield Pod(owner, "worker", template.get("metadata", {}), template["spec"], group["rayStartParams"])
+            metadata = template.get("metadata", {})
+            yield Pod(owner, "worker", metadata, template["spec"], group["rayStartParams"], group["groupName"])
     if document["kind"] == "RayJob":
         template = document["spec"]["submitterPodTemplate"]
         yield Pod(owner, "submitter", template.get("metadata", {}), template["spec"], {})

@@ -39,6 +39,7 @@ def test_what_runs_is_not_root_and_has_no_compiler() -> None:
     assert re.findall(r"^USER (\S+)", stage("launcher"), re.M)[-1] == "10001:10001"
     for tool in ("gcc", "g++", "build-essential", "clang", "python3-dev", "devel"):
         assert tool not in DOCKERFILE
+    assert "ca-certificates" in runtime, "without them Python trusts no server"
     assert DOCKERFILE.rstrip().endswith("FROM runtime"), "what is built without --target"
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 import yaml
@@ -87,9 +88,69 @@ def test_ray_asks_for_a_token_and_is_not_reached_from_outside(cloud: str) -> Non
     assert token[1] in config["file_mounts"]
     assert "RAY_AUTH_MODE=token" in options
     assert any("--dashboard-host=127.0.0.1" in command for command in config["head_start_ray_commands"])
-    for permission in config["provider"].get("security_group", {}).get("IpPermissions", ()):
-        assert (permission["FromPort"], permission["ToPort"]) == (22, 22)
-        assert "0.0.0.0/0" not in str(permission)
+
+
+def test_ray_opens_no_port_beside_the_security_group_that_the_readme_makes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's own code at moto's EC2, as `ray up` runs it: with our file, and with one that leaves the group to Ray."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
+    from ray.autoscaler._private.aws import config as rays
+
+    part = (REPOSITORY / "cluster" / "README.md").read_text().split("## 7.")[1]
+    assert re.search(r"aws ec2 create-security-group --group-name ldbfr ", part)
+    assert re.findall(r"authorize-security-group-ingress --group-id \$GROUP (.+)", part) == [
+        "--protocol tcp --port 22 --cidr $MY_ADDRESSES",
+        "--protocol all --source-group $GROUP",
+    ]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    config = load("aws")
+    types = config["available_node_types"]
+    (placeholder,) = {group for machine in types.values() for group in machine["node_config"]["SecurityGroupIds"]}
+    assert f"s/{placeholder}/$GROUP/" in part
+    with moto.mock_aws():
+        ec2 = boto3.client("ec2", region_name=config["provider"]["region"])
+        group = ec2.create_security_group(GroupName="ldbfr", Description="as in the README")["GroupId"]
+        ssh = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.0/24"}]}
+        inside = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+        ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[ssh, inside])
+
+        def open_groups(named: bool) -> list[str]:
+            made = copy.deepcopy(config)
+            for machine in made["available_node_types"].values():
+                if named:
+                    machine["node_config"]["SecurityGroupIds"] = [group]
+                else:
+                    del machine["node_config"]["SecurityGroupIds"]
+            made = rays._configure_security_group(rays._configure_subnet(made))
+            for machine in made["available_node_types"].values():
+                assert (machine["node_config"]["SecurityGroupIds"] == [group]) == named
+            found = ec2.describe_security_groups()["SecurityGroups"]
+            return [one["GroupName"] for one in found if "0.0.0.0/0" in str(one["IpPermissions"])]
+
+        assert open_groups(named=True) == []
+        assert open_groups(named=False) == ["ray-autoscaler-ldbfr"], "if Ray has stopped this, our group is needless"
+        with pytest.raises((click.ClickException, AssertionError)):  # by whether Ray prints in colours
+            rays._configure_subnet(copy.deepcopy(config))
+        assert "Failed to detect a security group" in capfd.readouterr().err
+
+
+@every_cloud
+def test_every_file_that_is_copied_to_the_machines_is_made_and_readable_there(cloud: str) -> None:
+    """rsync keeps the mode, and the container's user does not own the copy: 0600 would be unreadable."""
+    part = (REPOSITORY / "cluster" / "README.md").read_text().split("## 7.")[1]
+    for target, source in load(cloud)["file_mounts"].items():
+        assert re.search(rf"chmod 644 {re.escape(source)}$", part, re.M), source
+        assert re.search(rf"(chmod 700|--mode=700) {re.escape(source.rpartition('/')[0])}\b", part), source
+        assert any(f"={target}" in option for option in load(cloud)["docker"]["run_options"]), "nobody reads it"
+
+
+def test_the_readme_ends_no_cluster_under_a_job_of_the_same_block() -> None:
+    text = (REPOSITORY / "cluster" / "README.md").read_text()
+    blocks = re.findall(r"```console\n(.*?)```", text, re.S)
+    assert any("ray down" in block for block in blocks)
+    assert not [block for block in blocks if "ray down" in block and "ray job submit" in block]
 
 
 @every_cloud

@@ -6,6 +6,7 @@ import copy
 import re
 import shlex
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,13 +119,37 @@ def test_pods_are_confined(overlay: str) -> None:
         assert context["runAsNonRoot"] is True, pod
         assert context["runAsUser"] > 0, pod
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, pod
-        assert pod.spec.get("automountServiceAccountToken") is (pod.role == "head"), pod
+        assert pod.spec.get("automountServiceAccountToken") is False, pod
         for container in pod.spec["containers"]:
             confined(container["securityContext"])
             assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, pod
     for document in all_of(overlay):
         if cluster := ray_cluster(document):
             confined(cluster["autoscalerOptions"]["securityContext"])
+
+
+@every_overlay
+def test_a_token_for_the_kubernetes_api_is_in_the_autoscalers_container_alone(overlay: str) -> None:
+    """Where Ray's own autoscaler looks for it, with all that it reads there."""
+    provider = pytest.importorskip("ray.autoscaler._private.kuberay.node_provider")
+    folder = str(Path(provider.IN_CLUSTER_TOKEN_PATH).parent)
+    assert str(Path(provider.IN_CLUSTER_CA_CERT_PATH).parent) == folder
+    for document in all_of(overlay):
+        for pod in pods(document):
+            tokens = {volume["name"] for volume in pod.spec.get("volumes", ()) if "serviceAccountToken" in str(volume)}
+            assert len(tokens) == (pod.role == "head"), pod
+            for container in pod.spec["containers"]:
+                assert not tokens & {mount["name"] for mount in container["volumeMounts"]}, pod
+        if cluster := ray_cluster(document):
+            spec = cluster["headGroupSpec"]["template"]["spec"]
+            (mount,) = [one for one in cluster["autoscalerOptions"]["volumeMounts"] if one["mountPath"] == folder]
+            (volume,) = [one for one in spec["volumes"] if one["name"] == mount["name"]]
+            sources = volume["projected"]["sources"]
+            assert sources[0]["serviceAccountToken"]["path"] == Path(provider.IN_CLUSTER_TOKEN_PATH).name
+            assert sources[1]["configMap"]["items"][0]["path"] == Path(provider.IN_CLUSTER_CA_CERT_PATH).name
+            assert {key for source in sources for key in source} == {"serviceAccountToken", "configMap", "downwardAPI"}
+            known = {one["name"] for one in spec["volumes"]}
+            assert {one["name"] for one in cluster["autoscalerOptions"]["volumeMounts"]} <= known
 
 
 def confined(context: Document) -> None:
@@ -178,6 +203,14 @@ def test_what_pods_refer_to_exists(overlay: str) -> None:
         for secret, optional in secrets_of(pod):
             made = re.search(rf"create secret (generic|tls) {secret}\b", readme)
             assert made or (optional and f"`{secret}`" in readme), f"{pod}: nobody says how {secret} is made"
+
+
+@every_overlay
+def test_every_account_that_pulls_the_image_is_given_the_registrys_secret(overlay: str) -> None:
+    """By the loop of the README; a pod that names no account has `default`."""
+    (loop,) = re.findall(r"for account in (.+); do\n.*patch serviceaccount", (CLUSTER / "README.md").read_text())
+    pulling = [pod for pod in all_pods(overlay) if pod.role in ("head", "worker", "submitter")]
+    assert set(loop.split()) == {pod.spec.get("serviceAccountName", "default") for pod in pulling}
 
 
 def secrets_of(pod: Pod) -> list[tuple[str, bool]]:
@@ -351,13 +384,17 @@ def test_the_endpoint_survives_its_head(overlay: str) -> None:
 def test_disruption_budgets_are_of_pods_that_exist(overlay: str) -> None:
     found = all_pods(overlay)
     budgets = [document for document in all_of(overlay) if document["kind"] == "PodDisruptionBudget"]
-    assert {budget["metadata"]["name"] for budget in budgets} == {"endpoint", "drivers"}
+    assert {budget["metadata"]["name"] for budget in budgets} == {"endpoint-cpu", "endpoint-gpu", "drivers"}
     for budget in budgets:
-        chosen = {str(pod) for pod in found if matches(budget["spec"]["selector"], pod.labels)}
-        if budget["metadata"]["name"] == "endpoint":
-            assert chosen == {"RayService endpoint/worker"}
+        chosen = [pod for pod in found if matches(budget["spec"]["selector"], pod.labels)]
+        name, _, group = budget["metadata"]["name"].partition("-")
+        if name == "endpoint":
+            of_group = [pod for pod in found if pod.owner == "RayService endpoint" and pod.group == group]
+            assert chosen == of_group
+            assert len(of_group) == (overlay == "production" or group == "cpu"), "the smallest group is not hidden"
         else:
-            assert chosen == {str(pod) for pod in found if pod.role == "head" and pod.labels["ldbfr.io/work"] in WORK}
+            assert chosen == [pod for pod in found if pod.role == "head" and pod.labels["ldbfr.io/work"] in WORK]
+        assert "maxUnavailable" not in budget["spec"], "not for pods of custom resources"
         assert isinstance(budget["spec"]["minAvailable"], int), (
             "of custom resources Kubernetes takes whole numbers only"
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.manifests import CLUSTER, OVERLAYS, Document, matches, pods, rendered
+from tests.manifests import CLUSTER, OVERLAYS, Document, built, check, matches, pods, rendered
 
 every_overlay = pytest.mark.parametrize("overlay", ["dev", "production"])
 
@@ -90,6 +92,7 @@ INGRESS = Peer({}, namespace("ingress-nginx", clients="true"))
 PROMETHEUS = Peer({}, namespace("ldbfr-monitoring", monitoring="true"))
 STRANGER = Peer({}, namespace("default"))
 NAMES = Peer({}, namespace("kube-system"))
+NODE_DNS, CLOUD_DNS = Peer(address="169.254.20.10"), Peer(address="169.254.169.254")
 BUCKET, METADATA, ELSEWHERE = Peer(address="52.95.1.1"), Peer(address="169.254.169.254"), Peer(address="8.8.8.8")
 REDIS, MINIO = Peer({"app.kubernetes.io/name": "redis"}), Peer({"app.kubernetes.io/name": "minio"})
 
@@ -99,7 +102,8 @@ def test_what_has_to_work_works(overlay: str) -> None:
     found = ours(overlay)
     assert len(found) >= 6 + 6 + 4, found
     for (work, role), pod in found.items():
-        assert allowed(overlay, pod, NAMES, 53)
+        for names in (NAMES, NODE_DNS, CLOUD_DNS):
+            assert allowed(overlay, pod, names, 53)
         assert allowed(overlay, pod, BUCKET, 443)
         assert allowed(overlay, pod, METADATA, 80)
         if role == "head":
@@ -133,6 +137,8 @@ def test_what_nobody_needs_does_not(overlay: str) -> None:
                 assert not allowed(overlay, INGRESS, pod, port)
         assert not allowed(overlay, pod, ELSEWHERE, 25)
         assert not allowed(overlay, pod, ELSEWHERE, 80)
+        assert not allowed(overlay, pod, ELSEWHERE, 53), "a name server outside would be a way out for data"
+        assert not allowed(overlay, pod, NODE_DNS, 80)
         assert not allowed(overlay, pod, STRANGER, 80)
         if work != "serve":
             assert not allowed(overlay, pod, REDIS, 6379)
@@ -162,3 +168,16 @@ def test_every_file_and_folder_that_the_readmes_name_is_there() -> None:
                     path.rstrip(".").replace("$OVERLAY", overlay).replace("$work", "train").replace("$role", "head")
                 )
                 assert list(CLUSTER.parent.glob(path_there)), path
+
+
+def test_the_rule_for_a_bucket_at_another_port_is_applied_as_it_stands_in_the_readme(tmp_path: Path) -> None:
+    text = (CLUSTER / "object-store" / "README.md").read_text()
+    (patch,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "name: outside" in block]
+    shutil.copytree(CLUSTER / "kuberay" / "base" / "foundation", tmp_path / "foundation")
+    (tmp_path / "kustomization.yaml").write_text("resources: [foundation]\n" + patch)
+    (policy,) = [document for document in built(tmp_path) if document["metadata"]["name"] == "outside"]
+    check(policy)
+    rule = policy["spec"]["egress"][-1]
+    assert chosen(rule, "to", Peer(address="192.0.2.10"), 9000)
+    assert not chosen(rule, "to", Peer(address="192.0.2.11"), 9000)
+    assert not chosen(rule, "to", Peer(address="192.0.2.10"), 22)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.evaluate import EXIT_FAILED, EXIT_OK
 from jobs.evaluate import main as job
@@ -55,10 +56,16 @@ def test_a_cluster_gives_what_one_machine_gives_to_the_last_digit(
     ray_cluster: None, test_set: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*COMMON, "--weights", weights]
-    assert job([test_set, "--output", str(tmp_path / "ray"), *options, "--workers", "2"]) == EXIT_OK
-    monkeypatch.setattr(sys, "argv", ["ldbfr", "evaluate", test_set, "--output", str(tmp_path / "one"), *options])
-    with pytest.raises(SystemExit) as ended:
-        command()
+    workers = "3"  # of one thread each, on the four CPUs of the cluster
+    assert job([test_set, "--output", str(tmp_path / "ray"), *options, "--workers", workers]) == EXIT_OK
+    own = ["ldbfr", "evaluate", test_set, "--output", str(tmp_path / "one"), *options, "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", own)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command()
+    finally:
+        torch.set_num_threads(threads)
     assert ended.value.code == 0
     ray, one = (json.loads((tmp_path / name / RESULTS_FILE).read_text("utf-8")) for name in ("ray", "one"))
     for part in SAME:

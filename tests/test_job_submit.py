@@ -253,7 +253,7 @@ def test_the_cluster_looks_at_itself_and_lets_nobody_in_without_the_token(head: 
     stranger = {**head.environment, "RAY_AUTH_TOKEN": "0" * 64}
     refused = submit(head, checkout, "jobs/doctor.py", environment=stranger)
     assert refused.returncode != 0
-    assert "Unauthorized" in refused.stdout + refused.stderr or "401" in refused.stdout + refused.stderr
+    assert "authentication" in refused.stdout + refused.stderr
 
     tiny.new_pipeline().save_pretrained(head.folder / "weights")
     command = ["jobs/doctor.py", "--weights", str(head.folder / "weights"), "--storage", str(head.folder)]

@@ -71,10 +71,11 @@ def test_any_number_of_workers_gives_the_same_data(tmp_path: Path, capsys: pytes
     assert digests(tmp_path / "one") == digests(tmp_path / "three") == expected
     lines = capsys.readouterr().out.splitlines()
     kept = read_dataset(str(tmp_path / "one")).settings["summary"]["kept"]
-    assert lines[0] == f"66 inputs: 65 kept (train {kept['train']}, val {kept['val']}), 1 rejected, 0 near-duplicates"
-    assert lines[1:5] == [
+    assert lines[:5] == [
+        *(f"{tmp_path}/one/{name}" for name in ("report.parquet", "contact-sheet.png")),
+        f"66 inputs: 65 kept (train {kept['train']}, val {kept['val']}), 1 rejected, 0 near-duplicates",
         "  1 broken",
-        *(f"{tmp_path}/one{name}" for name in ("", "/report.parquet", "/contact-sheet.png")),
+        f"{tmp_path}/one is finished",
     ]
 
 
@@ -91,8 +92,8 @@ def test_near_duplicates_are_dropped_and_a_finished_run_does_nothing(
     assert prepare.main(arguments(tmp_path, tmp_path / "out", near_duplicates="drop", workers=1)) == 0
 
     again = capsys.readouterr().out.splitlines()
-    assert "1 rejected, 5 near-duplicates" in first[0]  # the zip's members are the tar's
-    assert again == [f"{tmp_path}/out is finished; nothing to do", *first[:2]]
+    assert "1 rejected, 5 near-duplicates" in first[2]  # the zip's members are the tar's
+    assert again == [f"{tmp_path}/out is finished; nothing to do", *first[2:4]]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     prepare_here(tmp_path / "here", tmp_path / "in", near_duplicates="drop")
     assert digests(tmp_path / "out") == digests(tmp_path / "here")
