@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 import yaml
 
@@ -416,7 +417,9 @@ def test_a_client_that_goes_away_frees_the_model(endpoint: Client) -> None:
 def test_new_weights_under_load_without_a_failed_request(endpoint: Client, weights: Path, tmp_path: Path) -> None:
     other = new_weights(tmp_path / "other", 1)
     expected = [alone(folder, IMAGES[0], steps=2) for folder in (weights, other)]
-    images = {own.weights_digest: own.image for own in expected}
+    images = {own.weights_digest: decode_image(own.image, name="alone").astype(int) for own in expected}
+    first, second = images.values()
+    apart = np.abs(first - second).mean()
     with endpoint.load(IMAGES[:1], 4, mode="aligned", steps=2) as answers:
         wait_for(lambda: len(answers) > 5)
         deploy(other, deadline_seconds=50)
@@ -424,7 +427,11 @@ def test_new_weights_under_load_without_a_failed_request(endpoint: Client, weigh
         wait_for(lambda: sum(answer.started > done + 5 for answer in list(answers)) > 5)
     assert {answer.status for answer in answers} == {200}
     assert {answer.headers["x-weights-digest"] for answer in answers} == set(images)
-    assert all(answer.body == images[answer.headers["x-weights-digest"]] for answer in answers), "as it says"
+    for (
+        answer
+    ) in answers:  # by the weights that it names; what else is in a batch decides how single pixels are rounded
+        image = decode_image(answer.body, name="answer")
+        assert np.abs(image - images[answer.headers["x-weights-digest"]]).mean() < apart / 20
     late = [answer for answer in answers if answer.started > done + 5]
     assert {answer.headers["x-weights-digest"] for answer in late} == {expected[1].weights_digest}
     deploy(weights)
