@@ -13,10 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout will do
 
+from benchmarks.pages import between_marks
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "endpoint.json"
 PAGE = REPOSITORY / "docs" / "endpoint.md"
-MARKS = ("<!-- written by benchmarks/endpoint_table.py -->\n", "<!-- to here -->\n")
 
 
 def row(*cells: object) -> str:
@@ -81,8 +82,7 @@ def numbers(results: dict[str, Any]) -> str:
 
 def with_numbers(page: str, text: str) -> str:
     """The page with another text between the marks."""
-    before, rest = page.split(MARKS[0])
-    return before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1], 1)[1]
+    return between_marks(page, "benchmarks/endpoint_table.py", text)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 from benchmarks.machine import machine
+from benchmarks.pages import between_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -143,16 +144,12 @@ def main(chosen: Photos) -> None:
         page.write_text(with_table(page.read_text("utf-8"), results), "utf-8")
 
 
-MARKS = ("<!-- written by benchmarks/photos.py -->\n", "<!-- to here -->\n")
-
-
 def with_table(page: str, results: dict[str, Any]) -> str:
     """The page with the results between its marks."""
-    before, _, rest = page.partition(MARKS[0])
     about = f"{results['machine']['cpu']}, {results['machine']['cores']} cores, by `python benchmarks/photos.py`"
     figures = [f"| {name} | {value:,} |\n" for name, value in results.items() if isinstance(value, int | float)]
     table = ["| one large photo | measured |\n", "|---|---|\n", *figures, f"\nMeasured on: {about}.\n"]
-    return "".join([before, MARKS[0], *table, MARKS[1], rest.partition(MARKS[1])[2]])
+    return between_marks(page, "benchmarks/photos.py", "".join(table))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 
 import tyro
 
+from benchmarks.pages import between_marks
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 COUNTS = (10**6, 10**8, 10**9)
-MARKS = ("<!-- written by benchmarks/sizing.py -->\n", "<!-- to here -->\n")
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,7 @@ def tables(results: Path, prices: tuple[float | None, float | None] = (None, Non
 
 def with_tables(page: str, text: str) -> str:
     """The page with these tables between its marks."""
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return "".join([before, MARKS[0], text, MARKS[1], after])
+    return between_marks(page, "benchmarks/sizing.py", text)
 
 
 def row_of(cells: list[str]) -> str:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checko
 
 import tyro
 
-from jobs.connection import num_cores, prepare_environment
+from jobs.connection import num_cores, prepare_environment, start_log
 from ldbfr.config import check_range
 from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.evaluation.request import Request, carry_out
@@ -53,7 +53,7 @@ class Evaluate(Request):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_log()
     request = tyro.cli(Evaluate, args=arguments, prog="evaluate.py")
     command = "python jobs/evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:

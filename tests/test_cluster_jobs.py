@@ -24,7 +24,7 @@ from tests import tiny
 from tests.archiving import manifest
 from tests.conftest import REPOSITORY
 from tests.manifests import rendered
-from tests.test_job_submit import free_ports, stop
+from tests.test_job_submit import head_command, stop
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -60,7 +60,7 @@ def head(s3_endpoint: str, s3_bucket: str) -> Iterator[Head]:
     image = folder / "image"
     for name in ("jobs", "serve"):
         shutil.copytree(REPOSITORY / name, image / name, ignore=shutil.ignore_patterns("__pycache__"))
-    dashboard, agent, client = free_ports(3)
+    dashboard, command = head_command(folder / "ray")
     environment = {
         **os.environ,
         **config_map(),
@@ -72,21 +72,6 @@ def head(s3_endpoint: str, s3_bucket: str) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
     }
-    options = {
-        "port": 0,
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": agent,
-        "ray-client-server-port": client,
-        "min-worker-port": 0,
-        "max-worker-port": 0,
-        "node-ip-address": "127.0.0.1",
-        "num-cpus": 3,
-        "num-gpus": 0,
-        "object-store-memory": 200 * 2**20,
-        "temp-dir": folder / "ray",
-    }
-    command = [RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     log = folder / "head.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -68,26 +68,11 @@ class Head:
 def head(s3_endpoint: str) -> Iterator[Head]:
     """A head node in a process group of its own, which ends with the module; it knows the S3 server."""
     folder = Path(tempfile.mkdtemp(prefix="ldbfr-", dir="/tmp"))  # Unix sockets: the path must be short
-    dashboard, agent, client = free_ports(3)
+    dashboard, command = head_command(folder)
     # The job says "python": on a cluster that is the one that runs Ray.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     made = Head(f"http://127.0.0.1:{dashboard}", folder, environment)
-    options = {
-        "port": 0,
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": agent,
-        "ray-client-server-port": client,
-        "min-worker-port": 0,
-        "max-worker-port": 0,
-        "node-ip-address": "127.0.0.1",
-        "num-cpus": 3,
-        "num-gpus": 0,
-        "object-store-memory": 200 * 2**20,
-        "temp-dir": folder,
-    }
-    command = [RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     log = folder / "head.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -104,6 +89,30 @@ def head(s3_endpoint: str) -> Iterator[Head]:
     finally:
         stop(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def head_command(temp_dir: Path) -> tuple[int, list[str]]:
+    """`ray start` for a head of three CPUs on ports that are free: its dashboard's port, and the words.
+
+    Args:
+        temp_dir: for Ray's files; its path must be short, as Unix sockets lie there.
+    """
+    dashboard, agent, client = free_ports(3)
+    options = {
+        "port": 0,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": agent,
+        "ray-client-server-port": client,
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "node-ip-address": "127.0.0.1",
+        "num-cpus": 3,
+        "num-gpus": 0,
+        "object-store-memory": 200 * 2**20,
+        "temp-dir": temp_dir,
+    }
+    return dashboard, [RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
 
 
 def free_ports(count: int) -> list[int]:

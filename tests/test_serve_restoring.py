@@ -101,6 +101,19 @@ class Slow:
         return self.real(faces, callback_on_step_end=after, **options)
 
 
+class Held(Slow):
+    """Says when it has begun, and goes no further than the first step until it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(self.hold)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def hold(self, step: int) -> None:
+        """Between two steps."""
+        self.begun.set()
+        self.go_on.wait(10)
+
+
 def local(pipeline: Any = None, **options: Any) -> LocalFaceModel:
     """A model over the tiny pipeline."""
     return LocalFaceModel(pipeline or tiny.pipeline(), INFO, **options)
@@ -478,19 +491,14 @@ def test_what_nobody_waits_for_stops_between_two_steps() -> None:
     async def given_up() -> None:
         model = local(pipeline)
         task = asyncio.create_task(model.restore(job(steps=30), soon()))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        gone.set()
+        pipeline.go_on.set()
         assert len((await model.restore(job(steps=1), soon())).images) == 1, "the model goes on with others"
 
-    def between(step: int) -> None:
-        begun.set()
-        gone.wait(10)
-
-    begun, gone = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(given_up())
     assert len(pipeline.steps) == 1 + 1, "a step of the first, and the second request's"
 
@@ -529,21 +537,16 @@ def test_a_request_whose_time_is_up_is_answered_at_once_and_not_restored() -> No
         with pytest.raises(DeadlineExceeded):
             await collected(model.stream(job(), time.monotonic() - 1))
         first = asyncio.create_task(model.restore(job(), soon()))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded):  # it waits in line, and its time runs out there
             await model.restore(job(seed=1), soon(0.2))
         assert time.monotonic() - started < 1
-        go_on.set()
+        pipeline.go_on.set()
         await first
         await model.restore(job(seed=2), soon())
 
-    def between(step: int) -> None:
-        begun.set()
-        go_on.wait(10)
-
-    begun, go_on = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(late())
     assert pipeline.sizes == [1, 1]
 
@@ -555,7 +558,7 @@ def test_what_could_not_be_done_in_time_is_refused_at_once() -> None:
         with pytest.raises(DeadlineExceeded, match="1 faces in 40 steps, 2 times, would take about 82 s, of which 10"):
             await model.restore(job(steps=40, samples=2), soon(10.5))
         first = asyncio.create_task(model.restore(job(), soon()))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         second = asyncio.create_task(model.restore(job(), soon(20)))
         await asyncio.sleep(0)
         started = time.monotonic()
@@ -564,15 +567,10 @@ def test_what_could_not_be_done_in_time_is_refused_at_once() -> None:
         assert time.monotonic() - started < 0.5
         promised = 3 * 4 * MARGIN  # three faces of four seconds, with what an estimate may be off
         assert busy.value.retry_after == pytest.approx(promised - 5.5, abs=0.6)
-        go_on.set()
+        pipeline.go_on.set()
         await asyncio.gather(first, second)
 
-    def between(step: int) -> None:
-        begun.set()
-        go_on.wait(10)
-
-    begun, go_on = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(crowded())
 
 
@@ -583,21 +581,16 @@ def test_in_a_busy_time_a_request_is_told_by_the_batch_that_others_fill() -> Non
         model = local(pipeline, batch_faces=4)
         model.pace.learn(job().steps or 0, 2.0)  # four seconds a face
         first = asyncio.create_task(model.restore(job(), soon()))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         full = (4 + 4 * 4) * MARGIN
         with pytest.raises(Overloaded, match=r"left and may be through after \d+ s with others in its batch; ask"):
             await model.restore(job(), soon(full - 0.5))
         second = asyncio.create_task(model.restore(job(), soon(full + 2)))
         await asyncio.sleep(0)
-        go_on.set()
+        pipeline.go_on.set()
         await asyncio.gather(first, second)
 
-    def between(step: int) -> None:
-        begun.set()
-        go_on.wait(10)
-
-    begun, go_on = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(crowded())
 
 
@@ -608,7 +601,7 @@ def test_in_a_busy_time_a_request_of_another_kind_is_told_by_its_own_batch() -> 
         model = local(pipeline, batch_faces=4)
         model.pace.learn(job().steps or 0, 2.0)  # a second a step: four seconds a face
         first = asyncio.create_task(model.restore(job(), soon()))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         long = job(steps=4, samples=2)  # ten seconds; four of them take forty
         promised = (4 + 10) * MARGIN
         with pytest.raises(Overloaded, match=r"s left and may be through after \d+ s; ask again"):
@@ -617,15 +610,10 @@ def test_in_a_busy_time_a_request_of_another_kind_is_told_by_its_own_batch() -> 
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="with others in its batch"):
             await model.restore(long, soon(promised + 15))
-        go_on.set()
+        pipeline.go_on.set()
         await asyncio.gather(first, second)
 
-    def between(step: int) -> None:
-        begun.set()
-        go_on.wait(10)
-
-    begun, go_on = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(crowded())
 
 
@@ -633,20 +621,15 @@ def test_the_line_has_an_end() -> None:
     async def crowded() -> None:
         model = local(pipeline, batch_faces=2, most_waiting=4)
         tasks = [asyncio.create_task(model.restore(job(2), soon()))]
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         tasks += [asyncio.create_task(model.restore(job(2), soon())) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="4 faces wait for the model already"):
             await model.restore(job(2), soon())
-        go_on.set()
+        pipeline.go_on.set()
         await asyncio.gather(*tasks)
 
-    def between(step: int) -> None:
-        begun.set()
-        go_on.wait(10)
-
-    begun, go_on = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(crowded())
 
 
@@ -790,19 +773,14 @@ def test_a_closed_model_refuses_what_waits() -> None:
     async def closed() -> None:
         model = local(pipeline, batch_faces=1)
         first, second = (asyncio.create_task(model.restore(job(), soon())) for _ in range(2))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(pipeline.begun.wait)
         await model.close()
         with pytest.raises(Overloaded, match="shut down"):
             await second
         first.cancel()
-        go_on.set()
+        pipeline.go_on.set()
 
-    def between(step: int) -> None:
-        begun.set()
-        go_on.wait(10)
-
-    begun, go_on = threading.Event(), threading.Event()
-    pipeline = Slow(between)
+    pipeline = Held()
     run(closed())
 
 

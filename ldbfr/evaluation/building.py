@@ -21,7 +21,6 @@ import json
 import logging
 import platform
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ from ldbfr.evaluation.reading import decode_exactly, pixels_digest
 from ldbfr.evaluation.results import Record
 from ldbfr.evaluation.sources import list_faces, read_faces
 from ldbfr.images import fit_to_side
-from ldbfr.progress import duration
+from ldbfr.progress import Progress, Tally
 from ldbfr.seeds import derive_seed
 from ldbfr.storage import join
 
@@ -325,19 +324,13 @@ def write_parts(
     output: str, results: Iterator[tuple[int, list[ManifestRow]]], left: Sequence[int], num_faces: int
 ) -> None:
     """Write the rows of every part once its images are, and say how far it is."""
-    started = reported = time.monotonic()
-    total = sum(min(PART, num_faces - number * PART) for number in left)
-    done = 0
+    progress = Progress(Tally(sum(min(PART, num_faces - number * PART) for number in left)), every=REPORT_SECONDS)
     for number in left:
         rows: list[ManifestRow] = []
         for _, made in islice(results, min(PART, num_faces - number * PART)):
             rows += made
-            done += 1
-            now = time.monotonic()
-            if now - reported >= REPORT_SECONDS and done < total:
-                reported = now
-                rate = done / (now - started)
-                log.info("%s/%s faces, %.1f a second, %s left", done, total, rate, duration((total - done) / rate))
+            progress.tally.restored += 1
+            progress.update()
         storage.write_bytes(join(output, "parts", f"part-{number:05d}.jsonl"), row_lines(rows))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from ldbfr.evaluation.results import Missing, PairMetric, SetMetric
 from ldbfr.evaluation.set_metrics import FrechetMetric, KernelMetric, Reservoir, vector_of
 from ldbfr.evaluation.statistics import SUFFIX, Statistics, read_statistics, write_statistics
 from ldbfr.images import decode_image
-from ldbfr.progress import duration
+from ldbfr.progress import Progress, Tally
 from ldbfr.weights import cache_folder
 
 log = logging.getLogger(__name__)
@@ -229,13 +228,10 @@ def features_of(place: str, network: FeatureNetwork) -> Iterator[NDArray[np.floa
         StorageError: the folder cannot be read.
     """
     files = ImageFiles.of(place).files
-    started = reported = time.monotonic()
-    for done, name in enumerate(sorted(files)):
-        now = time.monotonic()
-        if now - reported >= REPORT_SECONDS:
-            reported = now
-            rate = done / (now - started)
-            left = duration((len(files) - done) / rate)
-            log.info("features of %s: %s/%s images, %.1f a second, %s left", place, done, len(files), rate, left)
+    log.info("features of %s", place)
+    progress = Progress(Tally(len(files)), every=REPORT_SECONDS)
+    for name in sorted(files):
         image = decode_image(storage.read_bytes(files[name].uri), name=files[name].uri)
         yield vector_of(network, image, files[name].uri)
+        progress.tally.restored += 1
+        progress.update()

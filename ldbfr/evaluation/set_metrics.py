@@ -11,6 +11,7 @@ GANs".
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,37 @@ def vector_of(network: FeatureNetwork, image: Pixels, name: str) -> NDArray[np.f
             "image, and at the network's weights"
         )
     return vector
+
+
+class Gathering(Protocol):
+    """What takes feature vectors in: moments, or a sample."""
+
+    def add(self, vector: NDArray[np.float64]) -> None:
+        """One vector."""
+
+
+def gather(
+    network: FeatureNetwork,
+    own: Gathering,
+    originals: Gathering | None,
+    image: Pixels,
+    original: Pixels | None,
+    name: str,
+) -> None:
+    """Take an image in, and its original where those are the reference.
+
+    Raises:
+        InputError: features are not finite.
+    """
+    own.add(vector_of(network, image, name))
+    if originals is not None and original is not None:
+        originals.add(vector_of(network, original, f"{name}, the original" if name else ""))
+
+
+def check_originals(images: int, originals: int, instead: str) -> None:
+    """InputError where images lack the originals that they are compared with."""
+    if originals < images:
+        raise InputError(f"{images - originals:,} of {images:,} images have no original: give {instead}")
 
 
 class FrechetMetric:
@@ -91,9 +123,8 @@ class FrechetMetric:
         Raises:
             InputError: its features are not finite.
         """
-        self.own.add(vector_of(self.network, image, name))
-        if self.reference is None and original is not None:
-            self.originals.add(vector_of(self.network, original, f"{name}, the original" if name else ""))
+        originals = self.originals if self.reference is None else None
+        gather(self.network, self.own, originals, image, original, name)
 
     def value(self) -> float:
         """The distance.
@@ -101,11 +132,8 @@ class FrechetMetric:
         Raises:
             InputError: there are no originals, or too few images and no `force`.
         """
-        if self.reference is None and self.originals.count < self.own.count:
-            raise InputError(
-                f"{self.own.count - self.originals.count:,} of {self.own.count:,} images have no original: give a "
-                "reference folder or a statistics file"
-            )
+        if self.reference is None:
+            check_originals(self.own.count, self.originals.count, "a reference folder or a statistics file")
         if (few := self._too_few()) and not (self.force and self.own.count >= 2):
             raise InputError(
                 f"{few}: covariances are singular, and the distance is biased and depends on the number of images. "
@@ -180,9 +208,8 @@ class KernelMetric:
         Raises:
             InputError: its features are not finite.
         """
-        self.own.add(vector_of(self.network, image, name))
-        if self.reference is None and original is not None:
-            self.originals.add(vector_of(self.network, original, f"{name}, the original" if name else ""))
+        originals = self.originals if self.reference is None else None
+        gather(self.network, self.own, originals, image, original, name)
 
     def value(self) -> float:
         """The distance.
@@ -193,11 +220,8 @@ class KernelMetric:
         import torch
         from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-        if self.reference is None and self.originals.count < self.own.count:
-            raise InputError(
-                f"{self.own.count - self.originals.count:,} of {self.own.count:,} images have no original: give a "
-                "reference folder"
-            )
+        if self.reference is None:
+            check_originals(self.own.count, self.originals.count, "a reference folder")
         if (size := self._subset_size()) < 2:
             raise InputError(f"{size} images: a kernel distance needs at least 2")
         sets = [torch.from_numpy(self.own.values()), torch.from_numpy(self._other().values())]
