@@ -212,10 +212,12 @@ class RayJobs:
 
     def _ask(self, ask: Callable[[JobSubmissionClient], Result]) -> Result:
         """The same, in this thread."""
+        from ray.exceptions import AuthenticationError
+
         try:
             client = self._client = self._client or impatient_client()(self.address)
             return ask(client)
-        except (RuntimeError, OSError) as error:  # what Ray's client raises; errors of HTTP are OSErrors
+        except (RuntimeError, OSError, AuthenticationError) as error:  # from Ray's client; errors of HTTP are OSErrors
             if "status code 404" in str(error):
                 raise NoSuchJobError from error
             self._client = None

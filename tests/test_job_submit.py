@@ -15,7 +15,8 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Head:
 
     def ask(self, path: str, token: str | None = None) -> Any:
         """What its HTTP interface answers."""
-        given = self.environment["RAY_AUTH_TOKEN"] if token is None else token
+        given = self.environment.get("RAY_AUTH_TOKEN", "") if token is None else token
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {given}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
@@ -66,19 +67,25 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(s3_endpoint: str) -> Iterator[Head]:
-    """A head node in a process group of its own, which ends with the module; it knows the S3 server."""
+    """A head node that wants a token and knows the S3 server; it ends with the module."""
+    with running_head({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}) as made:
+        yield made
+
+
+@contextmanager
+def running_head(more: Mapping[str, str]) -> Iterator[Head]:
+    """A head node in a process group of its own, with more in its environment."""
     folder = Path(tempfile.mkdtemp(prefix="ldbfr-", dir="/tmp"))  # Unix sockets: the path must be short
     dashboard, command = head_command(folder)
     # The job says "python": on a cluster that is the one that runs Ray.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    made = Head(f"http://127.0.0.1:{dashboard}", folder, environment)
+    made = Head(f"http://127.0.0.1:{dashboard}", folder, {"PATH": path, **more})
     log = folder / "head.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, **environment},
+            env={**os.environ, **made.environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -270,6 +277,28 @@ def test_the_cluster_looks_at_itself_and_lets_nobody_in_without_the_token(head: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert_readable(lines_of(done, "look at themselves"), "1 node(s) look at themselves", " checks: ")
     assert "ok       versions" in done.stdout
+
+
+ASK_AS_THE_ENDPOINT = """
+import asyncio, sys
+from serve.jobs import RayJobs
+from serve.protocol import Overloaded
+try:
+    print([one.id for one in asyncio.run(RayJobs(sys.argv[1]).list())])
+except Overloaded as refused:
+    print(refused)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("token", "answer"), [(None, "[]"), ("0" * 64, "the cluster's job server does not answer")])
+def test_the_endpoint_asks_with_the_clusters_token(head: Head, token: str | None, answer: str) -> None:
+    environment = {**os.environ, **head.environment} | ({"RAY_AUTH_TOKEN": token} if token else {})
+    command = [sys.executable, "-c", ASK_AS_THE_ENDPOINT, head.address]
+    asked = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert asked.returncode == 0, asked.stderr
+    assert answer in asked.stdout
+    assert ("Unauthenticated" in asked.stderr or "nvalid" in asked.stderr) == (token is not None), asked.stderr
 
 
 def test_what_a_checkout_uploads_is_small_and_has_the_weights(tmp_path: Path) -> None:

@@ -31,8 +31,13 @@ from tests.archiving import outputs, png, put_files
 from tests.scripted import as_json, raw, serving
 from tests.serving import FakeRestorer, running
 
-head = submitting.head
-"""A Ray head of its own, which knows the S3 server."""
+
+@pytest.fixture(scope="module")
+def head(s3_endpoint: str) -> Iterator[submitting.Head]:
+    """A Ray head of its own, which knows the S3 server and, as this process does, no tokens."""
+    with submitting.running_head({}) as made:
+        yield made
+
 
 REQUEST = JobRequest(input="s3://bucket/in", output="s3://bucket/out")
 SHELL = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=30)
