@@ -237,8 +237,10 @@ def restore_something(folder: Path) -> None:
     from jobs import restore
     from tests.archiving import png, put_files
 
-    put_files(str(folder / "in"), {"a.png": png(), "b.png": b""})
-    arguments = ["--input", str(folder / "in"), "--output", str(folder / "out")]
+    images = {f"{number}.png": png(number) for number in range(40)}
+    put_files(str(folder / "in"), {**images, "bad.png": b""})
+    # Several units: there is no rate, and no time left, before the second.
+    arguments = ["--input", str(folder / "in"), "--output", str(folder / "out"), "--shard-images", "2"]
     assert restore.main([*arguments, "--weights", str(folder / "weights"), "--workers", "1"]) == 0
 
 
