@@ -212,6 +212,24 @@ def test_every_account_that_pulls_the_image_is_given_the_registrys_secret(overla
     assert set(loop.split()) == {pod.spec.get("serviceAccountName", "default") for pod in pulling}
 
 
+def test_the_readmes_table_of_machines_is_what_the_pods_ask_for() -> None:
+    rows = re.findall(
+        r"^\| (.+?) \| (\d+) \| (\d+) Gi \| (\d*) ?\| (yes|no) \|", (CLUSTER / "README.md").read_text(), re.M
+    )
+    said = {tuple(numbers) for _, *numbers in rows}
+    asked = set()
+    for pod in all_pods("production"):
+        if pod.role not in ("head", "worker"):
+            continue
+        (container,) = [one for one in pod.spec["containers"] if one["name"].startswith("ray-")]
+        requests = container["resources"]["requests"]
+        tolerated = {toleration["key"] for toleration in pod.spec.get("tolerations", ())}
+        gpus = requests.get("nvidia.com/gpu", "")
+        spot = "yes" if "ldbfr.io/spot" in tolerated else "no"
+        asked.add((requests["cpu"], requests["memory"].removesuffix("Gi"), gpus, spot))
+    assert said == asked
+
+
 def secrets_of(pod: Pod) -> list[tuple[str, bool]]:
     """The Secrets that a pod names, and whether it does without."""
     found = [(volume["secret"]["secretName"], False) for volume in pod.spec.get("volumes", ()) if "secret" in volume]
