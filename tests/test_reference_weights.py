@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,3 +73,16 @@ def test_faces_that_they_never_saw_come_out_closer_to_themselves_and_sharp(split
     assert drift(output.images) < drift(output.first_stage) + 0.03
     sharp = [np.mean([sharpness(image) for image in images]) for images in (output.images, output.first_stage)]
     assert sharp[0] > 1.3 * sharp[1]
+
+
+def test_the_readmes_python_runs_and_its_comments_are_true() -> None:
+    """As it stands there, with a face of the size that it names."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    (block,) = [text for text in re.findall(r"```python\n(.*?)```", readme, re.S) if "from_pretrained" in text]
+    said = {name: tuple(map(int, numbers)) for name, *numbers in re.findall(r"(\w+): \(B, (\d+), (\d+)", block)}
+    side = load_preset(DEFAULT_WEIGHTS).side
+    assert said == {"lq": (side, side), "uncertainty": (side, side)}
+    face = np.full((1, *said["lq"], 3), 128, np.uint8)
+    names: dict[str, Any] = {"lq": face}
+    exec(block.replace("num_samples=4", "num_samples=2, num_inference_steps=1"), names)
+    assert names["result"].uncertainty.shape == (1, *said["uncertainty"])

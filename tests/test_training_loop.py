@@ -17,7 +17,7 @@ from ldbfr.data.sampler import Batch
 from ldbfr.errors import ConfigError, StorageError, WeightsError
 from ldbfr.storage import write_bytes
 from ldbfr.training.checkpoint import checkpoint_folders, latest_checkpoint, read_state, read_training
-from ldbfr.training.loop import Trainer, TrainingError, learning_rate
+from ldbfr.training.loop import Trainer, TrainingError, emulates_bf16, learning_rate
 from ldbfr.training.run import finished as run_finished
 from ldbfr.training.run import load_stage_network, train_run
 from ldbfr.training.runtime import SingleProcess
@@ -286,6 +286,23 @@ def test_bfloat16_trains_with_weights_and_latents_in_full_precision(tmp_path: Pa
     trainer.train()
     assert {p.dtype for p in trainer.stage.network.parameters()} == {torch.float32}
     assert tiny.differing(before, tiny.snapshot(trainer.stage.network)) != []
+
+
+@pytest.mark.parametrize(("precision", "emulated", "told"), [("bf16", True, 1), ("bf16", False, 0), ("fp32", True, 0)])
+def test_who_trains_in_bfloat16_where_it_is_slow_is_told_so(
+    precision: str,
+    emulated: bool,
+    told: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert isinstance(emulates_bf16(torch.device("cpu")), bool)
+    assert not emulates_bf16(torch.device("meta"))
+    monkeypatch.setattr("ldbfr.training.loop.emulates_bf16", lambda device: emulated)
+    tiny.new_trainer(tmp_path, "prior", f"training.prior.precision={precision}").warn_of_emulation()
+    said = [text for text in caplog.messages if "precision=fp32" in text]
+    assert len(said) == told, said
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:

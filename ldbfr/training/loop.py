@@ -52,6 +52,14 @@ def learning_rate(settings: StageSettings, step: int) -> float:
     return rate
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by way of float32, which is slower than float32 itself.
+
+    Of CPUs alone: `ldbfr doctor` tells of GPUs.
+    """
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class Objective(nn.Module):
     """One objective of a stage as a module of its own, so that its gradients are averaged apart from the others'."""
 
@@ -149,6 +157,7 @@ class Trainer:
             stack.callback(self.store.close)
             if self.step >= self.settings.steps:
                 return self.step
+            self.warn_of_emulation()
             latents = self.stage.prepare(self.images, self.runtime.device, self.upstream)
             self.sampler = replace(self.sampler, latents=latents)
             stage_log = None
@@ -255,6 +264,16 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """The stage's precision."""
         return torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def warn_of_emulation(self) -> None:
+        """Say so where the stage's precision makes it slow."""
+        if self.runtime.rank == 0 and self.settings.precision == "bf16" and emulates_bf16(self.runtime.device):
+            log.warning(
+                "%s: precision is bf16, which this processor can only imitate, twenty times slower and more; start "
+                "with --set training.%s.precision=fp32",
+                self.stage.name,
+                self.stage.name,
+            )
 
     def require_grad(self, objectives: Iterable[str]) -> None:
         """Let the parameters of these objectives alone take part in a backward pass."""
