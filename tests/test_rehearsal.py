@@ -15,7 +15,7 @@ from tests.archiving import manifest, outputs, png, put_files
 from tests.hosts import Driver, Hosts, namespaces, ray_nodes, start, until, which, why_no_namespaces
 from tests.prepared import write_set
 
-SECONDS = 300
+SECONDS = 600
 STAGE, STEPS, EVERY = "latent_vqgan", 900, 25
 IMAGES, UNIT = 160, 4
 BUCKET = "s3://rehearsal"
@@ -33,7 +33,7 @@ def hosts() -> Iterator[Hosts]:
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_training_and_an_archive_outlive_a_machine(
     hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
