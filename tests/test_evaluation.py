@@ -12,10 +12,11 @@ import pytest
 
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.evaluation.bootstrap import bootstrap_means, interval
-from ldbfr.evaluation.engine import Evaluation, Execution, Metrics, on_this_machine, score_of
+from ldbfr.evaluation.engine import Evaluation, Execution, Metrics, on_this_machine, score_of, strata_of
+from ldbfr.evaluation.machine import kind_of_machine
 from ldbfr.evaluation.metrics import psnr, sharpness
 from ldbfr.evaluation.restorers import FolderRestorer, InputItself, PipelineRestorer, load_pipeline
-from ldbfr.evaluation.results import Restorer, Results
+from ldbfr.evaluation.results import Entry, Restorer, Results, Row
 from ldbfr.evaluation.work import Batch, Places, RestoreStep, batches_of, slug, splits_of
 from ldbfr.runner import run_here
 from tests.evaluating import BlobSet, Brightness, Psnr, images_of, metrics, save_weights
@@ -195,7 +196,9 @@ def test_an_evaluation_that_would_measure_nothing_is_refused(tmp_path: Path) -> 
 
 
 def test_equal_images_are_infinitely_near_and_say_so(tmp_path: Path) -> None:
-    score = score_of(np.array([20.0, math.inf]), 2, 0)
+    entries = [Entry(name=str(number), split="all", lq="") for number in range(2)]
+    rows = [Row("x", entry, {"psnr": value}) for entry, value in zip(entries, (20.0, math.inf), strict=True)]
+    score = score_of(rows, "psnr", 2, 0)
     assert (score.mean, score.low, score.remark) == (math.inf, None, "1 images equal their originals")
     assert type(score).model_validate_json(score.model_dump_json()) == score
 
@@ -239,7 +242,7 @@ def test_folders_of_restorers_are_plain_names_and_never_shared() -> None:
 
 def test_an_interval_of_many_numbers_is_the_normal_one(rng: np.random.Generator) -> None:
     values = rng.exponential(2.0, 20_000)
-    low, high = interval(values)
+    low, high = interval([values])
     half = 1.959964 * values.std(ddof=1) / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
@@ -250,15 +253,52 @@ def test_an_interval_of_many_numbers_is_the_normal_one(rng: np.random.Generator)
 
 def test_intervals_follow_from_the_seed_and_move_with_the_numbers(rng: np.random.Generator) -> None:
     values = rng.normal(size=200)
-    assert interval(values) == interval(values) != interval(values, seed=1)
-    low, high = interval(values)
-    assert interval(3 * values + 1) == pytest.approx((3 * low + 1, 3 * high + 1))
-    assert interval(np.full(9, 4.0)) == (4.0, 4.0)
+    assert interval([values]) == interval([values]) != interval([values], seed=1)
+    low, high = interval([values])
+    assert interval([3 * values + 1]) == pytest.approx((3 * low + 1, 3 * high + 1))
+    assert interval([np.full(9, 4.0)]) == (4.0, 4.0)
     with pytest.raises(InputError, match="no numbers"):
-        interval(np.array([]))
+        interval([np.array([])])
 
 
 def test_brightness_of_the_tests_has_the_protocol_s_shape() -> None:
     metric = Brightness(total=3.0, count=1)
     assert metric.fresh().count == 0
     assert metric.value() == 3.0
+
+
+def test_what_differs_between_splits_is_no_chance(rng: np.random.Generator) -> None:
+    """Against the closed form: the variance of a stratified mean has the strata's own variances alone."""
+    strata = [rng.normal(mean, 1, count) for mean, count in ((0, 300), (50, 200), (-90, 500))]
+    low, high = interval(strata)
+    expected = 1.959964 * math.sqrt(sum(len(one) * one.var() for one in strata)) / 1000
+    middle = np.concatenate(strata).mean()
+    assert low == pytest.approx(middle - expected, abs=0.2 * expected)
+    assert high == pytest.approx(middle + expected, abs=0.2 * expected)
+
+
+def test_a_face_in_every_split_is_drawn_with_all_its_images() -> None:
+    def rows(names: Sequence[tuple[str, str, float]]) -> list[Row]:
+        return [
+            Row("x", Entry(name=f"{split}/{face}", split=split, lq=""), {"psnr": value}) for split, face, value in names
+        ]
+
+    every = rows([("mild", "a", 4.0), ("mild", "b", 2.0), ("severe", "a", 0.0), ("severe", "b", 4.0)])
+    assert [one.tolist() for one in strata_of(every, "psnr")] == [[2.0, 3.0]]
+    thirds = rows([("mild", "a", 4.0), ("mild", "b", 2.0), ("severe", "c", 0.0)])
+    assert [one.tolist() for one in strata_of(thirds, "psnr")] == [[4.0, 2.0], [0.0]]
+    assert [one.tolist() for one in strata_of(every[:2], "psnr")] == [[4.0, 2.0]]
+
+
+def test_a_report_says_on_what_machines_images_were_made(tmp_path: Path) -> None:
+    class Timed(InputItself):
+        is_timed = True
+        prepared = 0
+
+        def prepare(self) -> None:
+            type(self).prepared += 1
+
+    results = evaluation(tmp_path, Timed())(on_this_machine())
+    assert results.restorers["input"]["made_on"] == [kind_of_machine()]
+    assert Timed.prepared > 0
+    assert "made_on" not in evaluation(tmp_path / "other")(on_this_machine()).restorers["input"]

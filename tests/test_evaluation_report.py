@@ -15,7 +15,7 @@ from ldbfr.evaluation.gallery import RANDOM, WORST, Gallery, make_gallery
 from ldbfr.evaluation.numbers import best_of, number, split_title, splits
 from ldbfr.evaluation.published import TABLE_1, TABLE_2
 from ldbfr.evaluation.report import document, pictures_grid, write_reports
-from ldbfr.evaluation.report_markdown import markdown, table
+from ldbfr.evaluation.report_markdown import markdown, scores_table, table
 from ldbfr.evaluation.restorers import InputItself
 from ldbfr.evaluation.results import Measure, Missing, Results, Score
 from ldbfr.images import decode_image
@@ -85,6 +85,8 @@ def test_the_best_is_the_highest_the_lowest_or_the_nearest_to_1() -> None:
     assert best_of(scores, FID) == "a"
     assert best_of(scores, SHARP) == "b"
     assert best_of({"a": score(1)}, PSNR) is None
+    forced = {"a": score(0.1, remark="forced"), "b": score(0.2, spread=0.1, remark="of 9 images, 2 have no original")}
+    assert best_of(forced, FID) == "b"
 
 
 def test_one_split_is_shown_once() -> None:
@@ -150,6 +152,8 @@ def test_remarks_and_infinite_numbers_are_said(tmp_path: Path) -> None:
         assert said in html
         assert said in text
     assert "&lt;b&gt;v3" in html
+    assert "∞*" in scores_table(results, "all")
+    assert "\\* PSNR: 9 images" in scores_table(results, "all")
 
 
 def test_a_markdown_table_keeps_its_columns() -> None:

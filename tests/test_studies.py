@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -144,6 +145,10 @@ def test_the_ablations_train_share_evaluate_and_go_on(
     assert ldbfr(*based, "--compare", "diffusion", *MEASURED)[0] == 0
     again = Results.model_validate_json((tmp_path / "based" / "results.json").read_text("utf-8"))
     assert again.scores["full"] == results.scores["full"]  # the same seeds, data and steps
+    other = tmp_path / "other"
+    shutil.copytree(output / "runs" / "full", other)
+    refused = ldbfr(*based[:-1], other, "--compare", "diffusion", *MEASURED)[0]
+    assert f"this command takes {other / 'hq_vqgan'}" in str(refused)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,7 @@ def test_the_ablations_train_share_evaluate_and_go_on(
         (["--preset", "faces_64"], "has faces of 32 px, the preset trains for 64 px"),
         (["--base", "nowhere"], "nowhere is no training run"),
         (["--base", "nowhere", "--set", "side=64"], "do not go with --base"),
+        (["--preset", "tiny", "--init", "dc_vqr=/"], "--init dc_vqr: the variants train these anew"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -198,6 +204,7 @@ def test_the_step_budget_measures_the_grid_and_says_which_default_follows(
 
 IDENTITY = Measure(name="identity", label="Identity", better="lower", protocol="dlib")
 LANDMARKS = Measure(name="landmarks", label="Landmarks", better="lower", protocol="dlib")
+SHARPNESS = Measure(name="sharpness", label="Sharpness", better="nearer to 1", protocol="a ratio")
 PSNR = Measure(name="psnr", label="PSNR", better="higher", protocol="a formula")
 
 
@@ -206,7 +213,7 @@ def results_of(**scores: dict[str, tuple[float, float, float]]) -> Results:
     return Results(
         test_set={},
         restorers={name: {} for name in scores},
-        measures=(IDENTITY, LANDMARKS, PSNR),
+        measures=(IDENTITY, LANDMARKS, SHARPNESS, PSNR),
         scores={
             name: {
                 "all": {
@@ -249,6 +256,15 @@ def test_where_no_number_is_as_good_in_everything_the_most_counts_and_it_is_said
     assert choice.name == "one"
     assert "1 of 2 measures (none is in more)" in choice.reason
     assert "outside the best's interval" in choice.reason
+
+
+def test_more_than_1_is_as_bad_as_less_where_1_is_best() -> None:
+    results = results_of(
+        one={"sharpness": (1.19, 1.1, 1.3)}, two={"sharpness": (0.85, 0.8, 0.9)}, four={"sharpness": (1.0, 0.8, 1.1)}
+    )
+    choice = choose(results, {"one": ("ddim", 1), "two": ("ddim", 2), "four": ("ddim", 4)})
+    assert choice is not None
+    assert choice.passed == {"one": (), "two": ("sharpness",), "four": ("sharpness",)}
 
 
 def test_of_equal_steps_the_fastest_is_chosen_and_nothing_where_nothing_judges() -> None:

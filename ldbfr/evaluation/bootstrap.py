@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,8 +33,20 @@ def bootstrap_means(values: Numbers, resamples: int = RESAMPLES, seed: int = 0) 
     return np.concatenate(means)
 
 
-def interval(values: Numbers, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The bootstrap 95 % interval of the mean of (n,) finite numbers."""
+def interval(strata: Sequence[Numbers], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the mean of all finite numbers, of which each stratum is drawn from by itself.
+
+    Args:
+        strata: (n,) arrays, whose sizes were fixed when the images were chosen, such as a test set's splits: what
+            differs between them is no chance. One array is the plain bootstrap.
+        resamples: number of draws.
+        seed: of the draws.
+    """
+    count = sum(len(values) for values in strata)
+    means = np.zeros(resamples)
+    for number, values in enumerate(strata):
+        own = seed if len(strata) == 1 else derive_seed(seed, "stratum", number)
+        means += bootstrap_means(values, resamples, own) * (len(values) / count)
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(bootstrap_means(values, resamples, seed), [tail, 100 - tail])
+    low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)

@@ -262,7 +262,7 @@ class Evaluation:
                 missing.append(Missing(name=one.name, reason="the test set has no originals to measure against"))
         return Results(
             test_set={"name": self.test_set.name, "images": len(entries), **self.test_set.about},
-            restorers={restorer.name: dict(restorer.about) for restorer in self.restorers},
+            restorers={restorer.name: restorer.about | self.made_on(restorer, batches) for restorer in self.restorers},
             measures=tuple(one for one in measures if one.name in found),
             missing=tuple(missing),
             scores=scores,
@@ -276,6 +276,14 @@ class Evaluation:
             machine=machine(),
             seconds=seconds,
         )
+
+    def made_on(self, restorer: Restorer, batches: Sequence[Batch]) -> dict[str, Any]:
+        """The machines whose work a restorer's images are, each kind once; none of images that are only read."""
+        if not restorer.is_timed:
+            return {}
+        places = Places(self.output, restorer.name)
+        found = [read_json(places.work(f"restored-{batch.number:06d}.json")).get("made_on") for batch in batches]
+        return {"made_on": list(dict.fromkeys(one for one in found if one))}
 
     def rows(self, restorer: str, batches: Sequence[Batch]) -> list[Row]:
         """What was measured on each image."""
@@ -296,13 +304,13 @@ class Evaluation:
         """Split -> metric -> mean and interval."""
         result: dict[str, dict[str, Score]] = {}
         for split in splits_of([row.entry for row in rows]):
-            own = [row.values for row in rows if split in (ALL, row.entry.split)]
+            own = [row for row in rows if split in (ALL, row.entry.split)]
             result[split] = {}
             for metric in self.metrics.pair:
                 name = metric.measure.name
-                values = np.array([row[name] for row in own if name in row])
-                if len(values):
-                    result[split][name] = score_of(values, len(own), self.seed)
+                measured = [row for row in own if name in row.values]
+                if measured:
+                    result[split][name] = score_of(measured, name, len(own), self.seed)
         return result
 
     def set_scores(self, entries: tuple[Entry, ...], scores: dict[str, dict[str, dict[str, Score]]]) -> list[Missing]:
@@ -330,18 +338,35 @@ def _flat(row: Row) -> dict[str, Any]:
     return {"name": row.entry.name, "split": row.entry.split, **row.values}
 
 
-def score_of(values: np.ndarray, images: int, seed: int) -> Score:
-    """Mean and interval of the numbers of some images; `images` were there."""
+def score_of(rows: Sequence[Row], measure: str, images: int, seed: int) -> Score:
+    """Mean and interval of a measure over the images that have it; `images` were there."""
+    values = np.array([row.values[measure] for row in rows])
     remarks = [] if len(values) == images else [f"of {images:,} images, {images - len(values):,} have no original"]
     if not np.isfinite(values).all():
         remarks.append(f"{int(np.isinf(values).sum()):,} images equal their originals")
         return Score(mean=float(values.mean()), num_images=len(values), remark="; ".join(remarks))
-    low, high = interval(values, seed=seed)
+    low, high = interval(strata_of(rows, measure), seed=seed)
     return Score(mean=float(values.mean()), low=low, high=high, num_images=len(values), remark="; ".join(remarks))
 
 
+def strata_of(rows: Sequence[Row], measure: str) -> list[np.ndarray]:
+    """What the bootstrap draws from: the numbers of each split by themselves, whose counts are fixed.
+
+    Where every face is in every split (`ldbfr testset --every`), the faces' means: what is drawn is a face with all of
+    its images, which are not independent.
+    """
+    splits: dict[str, dict[str, float]] = {}
+    for row in rows:
+        face = row.entry.name.removeprefix(f"{row.entry.split}/")
+        splits.setdefault(row.entry.split, {})[face] = row.values[measure]
+    faces = next(iter(splits.values())).keys()
+    if len(splits) > 1 and all(own.keys() == faces for own in splits.values()):
+        return [np.array([np.mean([own[face] for own in splits.values()]) for face in faces])]
+    return [np.array(list(own.values())) for own in splits.values()]
+
+
 def seconds_per_image(places: Places, batches: Sequence[Batch]) -> float:
-    """The median over batches of the time of an image: a batch in which networks are loaded does not count."""
+    """The median over batches of the time of an image."""
     records = [read_json(places.work(f"restored-{batch.number:06d}.json")) for batch in batches]
     return float(np.median([record["seconds"] / record["images"] for record in records]))
 

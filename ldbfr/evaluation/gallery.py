@@ -14,7 +14,7 @@ RANDOM, WORST = 4, 8
 """Rows of each split, and of the worst."""
 LARGEST = 256
 """Longer side in px above which a picture is shown smaller."""
-_WORST_BY = ("identity", "lpips", "psnr")
+_WORST_BY = ("identity", "lpips-alex", "lpips-vgg", "lpips-squeeze", "psnr", "blur")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,13 @@ def machine() -> dict[str, object]:
     return about
 
 
+def kind_of_machine() -> str:
+    """The same in a line, without what two machines of a kind differ in: what a number may depend on."""
+    about = machine()
+    processor = f"{about['gpu']}, " if "gpu" in about else ""
+    return f"{processor}{about['cpu']}, {about['cores']} cores, torch {about['torch']}, ldbfr {__version__}"
+
+
 def cpu() -> str:
     """The processor's name."""
     try:

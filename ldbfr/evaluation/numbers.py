@@ -42,7 +42,18 @@ def best_of(scores: Mapping[str, Score], measure: Measure) -> str | None:
     """The key of the best score; None where there is nothing to compare."""
     if len(scores) < 2:
         return None
-    return min(scores, key=lambda key: distance(scores[key].mean, measure))
+    compared = [key for key, score in scores.items() if not is_forced(score)]
+    return min(compared, key=lambda key: distance(scores[key].mean, measure), default=None)
+
+
+def is_forced(score: Score) -> bool:
+    """Whether it is the number of a set that was too small for it, asked for all the same: comparable with no other."""
+    return score.low is None and bool(score.remark) and math.isfinite(score.mean)
+
+
+def marked(score: Score) -> str:
+    """The mean, marked where something has to be said beside it (`remarks`)."""
+    return number(score.mean) + ("*" if score.remark else "")
 
 
 def splits(results: Results) -> list[str]:
@@ -77,5 +88,5 @@ def remarks(results: Results, split: str) -> Sequence[str]:
     for measure in results.measures:
         for score in column(results, split, measure).values():
             if score.remark:
-                said.append(f"{measure.label}: {score.remark}")
+                said.append(f"* {measure.label}: {score.remark}")
     return list(dict.fromkeys(said))

@@ -9,7 +9,18 @@ from importlib.resources import files
 
 from ldbfr import pages, storage
 from ldbfr.evaluation.gallery import Gallery, Shown
-from ldbfr.evaluation.numbers import best_of, column, heading, number, remarks, restricted, span, split_title, splits
+from ldbfr.evaluation.numbers import (
+    best_of,
+    column,
+    heading,
+    marked,
+    number,
+    remarks,
+    restricted,
+    span,
+    split_title,
+    splits,
+)
 from ldbfr.evaluation.published import TABLES, WARNING
 from ldbfr.evaluation.report_markdown import markdown, write_sheets
 from ldbfr.evaluation.results import Measure, Results, Score
@@ -101,9 +112,8 @@ def footer(results: Results) -> str:
 
 def scores_section(results: Results, split: str) -> str:
     """The table of one split."""
-    said = "".join(f"<p>{text(remark)}</p>" for remark in remarks(results, split))
     title = split_title(split, results)
-    return f"<section><h2>{text(title)}</h2>{said}{scores_table(results, split, title)}</section>"
+    return f"<section><h2>{text(title)}</h2>{scores_table(results, split, title)}</section>"
 
 
 def scores_table(results: Results, split: str, label: str, only: Sequence[str] = ()) -> str:
@@ -123,7 +133,8 @@ def scores_table(results: Results, split: str, label: str, only: Sequence[str] =
         rows += f'<tr><th scope="row">{name(restorer, 60)}</th>{cells}</tr>'
     heads = f'<tr><th scope="col">Restorer</th>{heads}</tr>'
     table = f'<table class="scores"><thead>{heads}</thead><tbody>{rows}</tbody></table>'
-    return scrolling(table, f"Scores: {label}")
+    said = "".join(f"<p>{text(remark)}</p>" for remark in remarks(results, split))
+    return scrolling(table, f"Scores: {label}") + said
 
 
 def _cell(results: Results, split: str, restorer: str, measure: Measure, best: str | None) -> str:
@@ -131,7 +142,7 @@ def _cell(results: Results, split: str, restorer: str, measure: Measure, best: s
     if score is None:
         return '<td class="amount">–</td>'
     small = f"<small>{span(score)}</small>" if span(score) else ""
-    return f'<td class="amount{" best" if restorer == best else ""}">{number(score.mean)}{small}</td>'
+    return f'<td class="amount{" best" if restorer == best else ""}">{marked(score)}{small}</td>'
 
 
 def scrolling(table: str, label: str) -> str:

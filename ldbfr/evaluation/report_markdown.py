@@ -6,7 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ldbfr import storage
 from ldbfr.evaluation.gallery import Gallery, Shown
-from ldbfr.evaluation.numbers import best_of, column, heading, number, remarks, restricted, span, split_title, splits
+from ldbfr.evaluation.numbers import (
+    best_of,
+    column,
+    heading,
+    marked,
+    number,
+    remarks,
+    restricted,
+    span,
+    split_title,
+    splits,
+)
 from ldbfr.evaluation.published import TABLES, WARNING
 from ldbfr.evaluation.results import Results
 from ldbfr.images import encode_image
@@ -48,7 +59,7 @@ def markdown(
         *beside,
     ]
     for split in splits(results):
-        parts += [f"## {split_title(split, results)}", *remarks(results, split), scores_table(results, split)]
+        parts += [f"## {split_title(split, results)}", scores_table(results, split)]
     for head, path in sheets.items():
         parts += [f"## {head}", f"![{head}: {', '.join(gallery.columns)}]({path})"]
     parts += ["## Published elsewhere: not comparable", f"**{WARNING}**"]
@@ -79,14 +90,14 @@ def scores_table(results: Results, split: str, only: Sequence[str] = ()) -> str:
             if score is None:
                 row.append("–")
                 continue
-            shown = number(score.mean)
-            shown = f"**{shown}**" if restorer == best[measure.name] else shown
-            row.append(f"{shown} [{span(score)}]" if span(score) else shown)
+            mean = f"**{marked(score)}**" if restorer == best[measure.name] else marked(score)
+            row.append(f"{mean} [{span(score)}]" if span(score) else mean)
         if results.seconds:
             seconds = results.seconds.get(restorer)
             row.append("–" if seconds is None else number(1000 * seconds))
         rows.append(row)
-    return table(heads, rows)
+    said = "".join(f"\n\n{remark.replace('*', chr(92) + '*', 1)}" for remark in remarks(results, split))
+    return table(heads, rows) + said
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

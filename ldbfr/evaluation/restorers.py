@@ -52,6 +52,9 @@ class InputItself:
     def check(self, entries: Sequence[Entry], side: int) -> None:
         """Every test set will do."""
 
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
     def __call__(self, entries: Sequence[Entry], lq: Sequence[Pixels]) -> Sequence[Pixels]:
         """The images that were given."""
         return list(lq)
@@ -166,6 +169,14 @@ class PipelineRestorer:
                 f"`ldbfr testset --side {self.preset.side}`, or let every image be resized and the result resized back "
                 f"with {self.name}{',' if '@' in self.name else '@'}resize=yes, which the report states"
             )
+
+    def prepare(self) -> None:
+        """Load the networks.
+
+        Raises:
+            WeightsError: they are not those that were asked for.
+        """
+        load_pipeline(self.weights, self.digest, self.device)
 
     def __call__(self, entries: Sequence[Entry], lq: Sequence[Pixels]) -> Sequence[Pixels]:
         """The restored images; with `resize`, at their inputs' sizes.
@@ -287,6 +298,9 @@ class FolderRestorer:
                 f"{self.name}: {self.folder} has {len(more):,} images that are not in the test set ({examples(more)}): "
                 "it may be of another one; take them away"
             )
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
 
     def __call__(self, entries: Sequence[Entry], lq: Sequence[Pixels]) -> Sequence[Pixels]:
         """The method's images.

@@ -72,6 +72,9 @@ class Restorer(Protocol):
     def check(self, entries: Sequence[Entry], side: int) -> None:
         """Refuse a test set that it cannot restore, before anything is done; `side` is its images', in px."""
 
+    def prepare(self) -> None:
+        """Load what it needs, once in a process, so that the first images take no longer than others."""
+
     def __call__(self, entries: Sequence[Entry], lq: Sequence[Pixels]) -> Sequence[Pixels]:
         """The restored images, each of its input's shape."""
 

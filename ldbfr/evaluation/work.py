@@ -22,6 +22,7 @@ from typing import Any
 
 from ldbfr import storage
 from ldbfr.errors import InputError
+from ldbfr.evaluation.machine import kind_of_machine
 from ldbfr.evaluation.measuring import Pair, measure
 from ldbfr.evaluation.results import Entry, Measure, PairMetric, Restorer, SetMetric, TestSet
 from ldbfr.images import Pixels, decode_image, encode_image
@@ -116,6 +117,7 @@ class RestoreStep:
             InputError: a result has another shape than its input.
         """
         places = Places(self.output, self.restorer.name)
+        self.restorer.prepare()
         lq = [self.test_set.read(entry)[0] for entry in batch.entries]
         started = time.perf_counter()
         restored = self.restorer(batch.entries, lq)
@@ -126,7 +128,8 @@ class RestoreStep:
                     f"{self.restorer.name}: {entry.name} came out as {image.shape}, its input is {own.shape}"
                 )
             storage.write_bytes(places.image(entry.name), encode_image(image, "png"))
-        write_json(places.work(f"restored-{batch.number:06d}.json"), {"seconds": seconds, "images": len(lq)})
+        record = {"seconds": seconds, "images": len(lq), "made_on": kind_of_machine()}
+        write_json(places.work(f"restored-{batch.number:06d}.json"), record)
         yield batch.number
 
 

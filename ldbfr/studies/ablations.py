@@ -62,7 +62,7 @@ class Training:
         images: training faces.
         output: folder of the study, on this machine.
         base: a run whose shared stages are taken instead of trained, if any.
-        init: by stage, the folder of a network that a stage of the full model starts from.
+        init: by shared stage, the folder of a network that it starts from.
     """
 
     preset: Preset
@@ -83,10 +83,15 @@ class Training:
         """Refuse what cannot be trained before anything is.
 
         Raises:
-            ConfigError: a stage cannot start, or the base lacks a stage.
+            ConfigError: a stage cannot start, the base lacks a stage, or `init` would make the comparison unequal.
         """
         stages = FULL.trains
         check_request(self.preset, stages, self.init)
+        if unequal := set(self.init) - set(SHARED):
+            raise ConfigError(
+                f"--init {', '.join(sorted(unequal))}: the variants train these anew, and would start from something "
+                f"else than the full model; give it for {', '.join(SHARED)} only"
+            )
         if self.base is None:
             check_starts(self.preset, stages, self.run(FULL), self.init)
             return
@@ -108,8 +113,6 @@ class Training:
             log.info("variant %s, %d of %d", variant.name, number, len(variants))
             self.share(variant)
             init = {stage: folder for stage, folder in self.init.items() if stage in self.own(variant)}
-            if variant is not FULL:
-                init = {stage: folder for stage, folder in init.items() if stage not in ("dc_vqr", "enhancer")}
             preset = variant_preset(self.preset, variant)
             if not train_run(preset, self.own(variant), self.images, self.images, self.run(variant), runtime, init):
                 return False
@@ -121,14 +124,25 @@ class Training:
         return tuple(name for name in variant.trains if self.base is None or name not in SHARED)
 
     def share(self, variant: Variant) -> None:
-        """Link the stages that a variant has in common with the full model, or with the base."""
+        """Link the stages that a variant has in common with the full model, or with the base.
+
+        Raises:
+            ConfigError: the output has them from elsewhere.
+        """
         for name in FULL.trains:
             if name not in self.own(variant):
                 source = self.base if self.base is not None and name in SHARED else self.run(FULL)
                 place = self.run(variant) / name
+                target = (source / name).resolve()
                 place.parent.mkdir(parents=True, exist_ok=True)
-                if not place.is_symlink():
-                    os.symlink((source / name).resolve(), place)
+                if place.is_symlink() and place.resolve() == target:
+                    continue
+                if place.is_symlink() or place.exists():
+                    raise ConfigError(
+                        f"{place} is {place.resolve()}, this command takes {target}: give --base as it was (or leave "
+                        "it out as it was), or another --output"
+                    )
+                os.symlink(target, place)
 
     def export(self, variant: Variant) -> None:
         """Write a variant's weights in full precision, where that has not been done."""
@@ -182,6 +196,8 @@ def settings_of(training: Training, variants: Sequence[Variant]) -> dict[str, An
         "training_seed": training.preset.training.seed,
         "steps": {name: getattr(training.preset.training, name).steps for name in FULL.trains},
         "batch": {name: getattr(training.preset.training, name).batch_size for name in FULL.trains},
+        "base": None if training.base is None else str(training.base),
+        "init": {stage: str(folder) for stage, folder in training.init.items()},
         "faces": len(training.images),
         "data_digest": training.images.digest,
         "variants": {variant.name: list(variant.overrides) for variant in variants},

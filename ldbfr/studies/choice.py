@@ -9,7 +9,7 @@ from ldbfr.evaluation.numbers import distance, number
 from ldbfr.evaluation.results import Measure, Results, Score
 from ldbfr.evaluation.work import ALL
 
-JUDGES = ("lpips-alex", "lpips-vgg", "identity", "landmarks", "sharpness")
+JUDGES = ("lpips-alex", "lpips-vgg", "lpips-squeeze", "identity", "landmarks", "sharpness")
 """Measures of what the diffusion is for. PSNR and SSIM are not asked: they always prefer fewer steps, for every step
 adds detail that may be a pixel off."""
 
@@ -66,11 +66,12 @@ def scores_of(results: Results, measure: Measure, candidates: Mapping[str, tuple
 
 
 def as_good(score: Score, best: Score, measure: Measure) -> bool:
-    """Whether a mean is no further from the ideal than the worse end of the best's interval."""
+    """Whether a mean is within the best's interval, or beyond the end of it that is better."""
     assert best.low is not None
     assert best.high is not None
-    worst = max(distance(best.low, measure), distance(best.high, measure))
-    return distance(score.mean, measure) <= worst
+    if measure.better == "nearer to 1":
+        return best.low <= score.mean <= best.high
+    return distance(score.mean, measure) <= max(distance(best.low, measure), distance(best.high, measure))
 
 
 def explain(
