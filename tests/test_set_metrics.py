@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ldbfr.errors import ConfigError, InputError, WeightsError
 from ldbfr.evaluation import metric_choice
-from ldbfr.evaluation.features import DlibFeatures, InceptionFeatures
+from ldbfr.evaluation.features import DlibFeatures, InceptionFeatures, load_inception
 from ldbfr.evaluation.frechet import frechet_distance
 from ldbfr.evaluation.metric_choice import MetricOptions, make_metrics, reference_statistics
 from ldbfr.evaluation.metrics import IdentityModel
@@ -296,7 +296,7 @@ def test_features_are_torch_fidelitys_on_the_same_pixels(inception: Path) -> Non
     np.testing.assert_allclose(network.features(face), expected, rtol=1e-5)
     assert network.features(face).shape == (2_048,)
     again = pickle.loads(pickle.dumps(network))
-    assert again._network is None  # it loads its own
+    np.testing.assert_array_equal(again.features(face), network.features(face))
     assert (again.name, again.digest) == (network.name, network.digest)
     assert "299 px" in network.about
 
@@ -326,6 +326,33 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         WeightsError, match=r"other.pth is not the Inception-v3 of FID's authors.*; supply weights-inception"
     ):
         InceptionFeatures(tmp_path / "other.pth").features(blob_faces(1)[0])
+
+
+def test_a_file_of_another_network_is_missing_before_anything_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    torch.save({"some": torch.zeros(1)}, tmp_path / "other.pth")
+    options = MetricOptions(inception=str(tmp_path / "other.pth"), reference=str(tmp_path))
+    pairs, sets, missing = make_metrics(["psnr", "fid", "kid", "kid-reference"], options)
+    assert len(pairs) == 1
+    assert sets == []
+    assert [one.name for one in missing] == ["fid", "kid", "kid-reference"]
+    assert all("other.pth is not the Inception-v3 of FID's authors" in one.reason for one in missing)
+
+
+def test_another_machine_finds_its_own_inception(
+    inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDBFR_OFFLINE", "1")
+    given = tmp_path / "given.pth"
+    given.symlink_to(inception)
+    network, face = InceptionFeatures(given), blob_faces(1, 64)[0]
+    expected = network.features(face)
+    given.unlink()
+    load_inception.cache_clear()
+    with pytest.raises(WeightsError, match=rf"lacks the weights .*{network.digest}.* copy them there to {given}"):
+        pickle.loads(pickle.dumps(network)).features(face)
+    monkeypatch.setenv("LDBFR_INCEPTION", str(inception))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(network)).features(face), expected)
 
 
 # ---- dlib ----
