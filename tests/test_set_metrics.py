@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,36 @@ def test_a_folders_statistics_are_kept_in_the_cache(tmp_path: Path, monkeypatch:
     (folder / "9.png").write_bytes(encode_image(own[0], "png"))
     with pytest.raises(TypeError):  # another folder is another reference
         reference_statistics(str(folder), Corners())
+
+
+def test_files_that_were_replaced_by_others_of_the_same_size_and_time_are_another_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDBFR_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for number, image in enumerate(images(9)):
+        (folder / f"{number}.png").write_bytes(encode_image(image, "png"))
+    first = reference_statistics(str(folder), Corners())
+    before = (folder / "0.png").stat()
+    other = next(image for image in images(99, 1) if len(encode_image(image, "png")) == before.st_size)
+    (folder / "0.png").write_bytes(encode_image(other, "png"))
+    os.utime(folder / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = reference_statistics(str(folder), Corners())
+    assert (second.mean != first.mean).any()
+    np.testing.assert_allclose(second.mean, features(np.stack([other, *images(9)[1:]])).mean(axis=0))
+
+
+def test_a_relative_reference_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDBFR_CACHE", str(tmp_path / "cache"))
+    for name in ("one", "other"):
+        (tmp_path / name / "reference").mkdir(parents=True)
+        for number, image in enumerate(images(9)):
+            (tmp_path / name / "reference" / f"{number}.png").write_bytes(encode_image(image, "png"))
+        monkeypatch.chdir(tmp_path / name)
+        assert reference_statistics("reference", Corners()).about == str(tmp_path / name / "reference")
+    monkeypatch.setattr(metric_choice, "statistics_of", None)
+    assert reference_statistics("../one/reference", Corners()).about == str(tmp_path / "one" / "reference")
 
 
 # ---- Inception, by torch-fidelity ----
