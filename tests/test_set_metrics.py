@@ -16,14 +16,19 @@ from numpy.typing import NDArray
 
 from ldbfr.errors import ConfigError, InputError, WeightsError
 from ldbfr.evaluation import metric_choice
+from ldbfr.evaluation.engine import Evaluation, Metrics, on_this_machine
 from ldbfr.evaluation.features import DlibFeatures, InceptionFeatures, load_inception
 from ldbfr.evaluation.frechet import frechet_distance
 from ldbfr.evaluation.metric_choice import MetricOptions, make_metrics, reference_statistics
 from ldbfr.evaluation.metrics import IdentityModel
 from ldbfr.evaluation.moments import Moments
+from ldbfr.evaluation.restorers import InputItself
+from ldbfr.evaluation.results import Score, SetMetric
 from ldbfr.evaluation.set_metrics import FrechetMetric, KernelMetric, Reservoir
 from ldbfr.evaluation.statistics import Statistics, read_statistics, write_statistics
+from ldbfr.evaluation.work import SetStep, measures_key
 from ldbfr.images import Pixels, encode_image
+from tests.evaluating import BlobSet
 from tests.tiny import blob_faces
 
 needs_fidelity = pytest.mark.skipif(
@@ -202,6 +207,64 @@ def test_a_reservoir_is_a_fair_sample_of_bounded_size() -> None:
     assert abs(counts - 150).max() < 5 * np.sqrt(150 * 0.75)
     one, other = (Reservoir.of(iter(np.eye(9)), 9, 0, "test") for _ in range(2))
     assert (one.values() == other.values()).all()
+
+
+# ---- records ----
+
+
+def fid_of(metric: SetMetric, output: Path, split: str = "all") -> Score | None:
+    """The number of a set in an evaluation; None where it has none."""
+    evaluation = Evaluation(BlobSet(6), (InputItself(),), Metrics((), (metric,)), str(output))
+    return evaluation(on_this_machine()).scores["input"][split].get("fid")
+
+
+def record_of(metric: SetMetric) -> str:
+    """Where an evaluation keeps a metric's numbers."""
+    return SetStep(BlobSet(), (), "out", (metric,)).uri("input")
+
+
+def test_the_same_output_takes_force_up_and_drops_it_again(tmp_path: Path) -> None:
+    plain, forced = FrechetMetric(Corners()), FrechetMetric(Corners(), force=True)
+    assert fid_of(plain, tmp_path, "mild") is None
+    found = fid_of(forced, tmp_path, "mild")
+    assert found is not None
+    assert found.remark == "forced: 3 images, fewer than the 6 features"
+    assert fid_of(plain, tmp_path, "mild") is None
+
+
+def test_the_same_output_notices_another_reference_of_the_same_name_and_count(tmp_path: Path) -> None:
+    near, far = (
+        FrechetMetric(Corners(), reference=Statistics(np.full(6, mean), np.eye(6), 9, "a set"))
+        for mean in (90.0, 900.0)
+    )
+    assert near.measure == far.measure
+    first, second = fid_of(near, tmp_path), fid_of(far, tmp_path)
+    assert first is not None
+    assert second is not None
+    assert second.mean > first.mean
+    assert fid_of(near, tmp_path) == first
+
+
+def test_a_record_is_of_force_and_of_what_the_reference_holds() -> None:
+    def frechet(mean: float, spread: float, force: bool = False) -> SetMetric:
+        reference = Statistics(np.full(6, mean), spread * np.eye(6), 9, "a set")
+        return FrechetMetric(Corners(), reference=reference, force=force)
+
+    def kernel(mean: float) -> SetMetric:
+        vectors = (np.full(6, mean) for _ in range(9))
+        return KernelMetric(Corners(), reference=(Reservoir.of(vectors, 6, 0, "reference"), "9 images of a set"))
+
+    different = [frechet(0, 1), frechet(1, 1), frechet(0, 2), frechet(0, 1, True), kernel(0), kernel(1)]
+    assert len({record_of(metric) for metric in different}) == len(different)
+    for metric in different:
+        assert record_of(pickle.loads(pickle.dumps(metric))) == record_of(metric.fresh()) == record_of(metric)
+    assert record_of(frechet(0, 1)) == record_of(frechet(0, 1))
+    assert record_of(kernel(0)) == record_of(kernel(0))
+
+
+def test_what_has_neither_force_nor_reference_is_recorded_under_its_measures_alone() -> None:
+    for metric in (FrechetMetric(Corners()), KernelMetric(Corners())):
+        assert record_of(metric) == f"out/work/input/{measures_key([metric.measure])}-sets.json"
 
 
 # ---- statistics files ----
