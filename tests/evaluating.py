@@ -80,6 +80,7 @@ class Brightness:
     total: float = 0.0
     count: int = 0
     least: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def update(self, image: Pixels, original: Pixels | None, name: str = "") -> None:
         assert original is not None
@@ -94,7 +95,7 @@ class Brightness:
         return abs(self.total / self.count)
 
     def fresh(self) -> Brightness:
-        return Brightness(least=self.least)
+        return Brightness(least=self.least, settings=self.settings)
 
 
 def metrics(least: int = 1) -> Metrics:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+import platform
+import re
+import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldbfr.errors import ConfigError, InputError, WeightsError
-from ldbfr.evaluation.backbones import LPIPS_FILES, find_backbone
+from ldbfr.evaluation import portraits
+from ldbfr.evaluation.backbones import LPIPS_FILES, find_backbone, load_tensors
 from ldbfr.evaluation.measuring import AHEAD, Pair, in_processes, measure
 from ldbfr.evaluation.metric_choice import DEFAULT_METRICS, MetricOptions, make_metrics, metric_names
 from ldbfr.evaluation.metrics import IdentityModel, ssim
@@ -25,6 +30,7 @@ from ldbfr.evaluation.portraits import portray
 from ldbfr.evaluation.results import Measure, PairMetric
 from ldbfr.evaluation.ssim import windowed_ssim
 from ldbfr.images import Pixels
+from ldbfr.weights import sha256_of
 from tests.tiny import blob_faces
 
 needs_dlib = pytest.mark.skipif(not IdentityModel.is_installed(), reason="the extra `identity` is not installed")
@@ -117,6 +123,80 @@ def test_lpips_takes_its_own_backbone_only(tmp_path: Path) -> None:
         LPIPS("squeeze", path)(FACE, FACE)
 
 
+def test_a_garbled_file_is_said_to_be_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "garbled.pth"
+    for length in rng.integers(0, 400, 200):
+        path.write_bytes(rng.bytes(length))
+        with pytest.raises(WeightsError, match=r"garbled.pth (is no readable file of weights|holds \w+, expected)"):
+            load_tensors(path)
+
+
+# ---- on another machine ----
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The cache of a machine that has no weights and downloads none."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("LDBFR_OFFLINE", "1")
+    monkeypatch.setenv("LDBFR_CACHE", str(cache))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    yield cache
+    load_lpips.cache_clear()
+
+
+def sent(metric: LPIPS) -> LPIPS:
+    """A metric as a process of another machine gets it."""
+    load_lpips.cache_clear()
+    again: LPIPS = pickle.loads(pickle.dumps(metric))
+    return again
+
+
+def test_another_machine_finds_its_own_copy_of_what_somebody_gave(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = backbone_file("squeeze", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    metric = LPIPS("squeeze", path.name)
+    expected, digest = metric(NOISY, FACE), sha256_of(path)
+    (tmp_path / "other directory").mkdir()
+    monkeypatch.chdir(tmp_path / "other directory")
+    assert sent(metric)(NOISY, FACE) == expected  # a relative path is that of the working directory at the start
+    copy = path.rename(tmp_path / "copy.pth")
+    machine = re.escape(platform.node())
+    with pytest.raises(
+        WeightsError,
+        match=rf"{machine} lacks the weights .*{digest}.* copy them there to {path}, or .*LDBFR_SQUEEZENET",
+    ):
+        sent(metric)(NOISY, FACE)
+    monkeypatch.setenv("LDBFR_SQUEEZENET", str(copy))
+    assert sent(metric)(NOISY, FACE) == expected
+    copy.write_bytes(b"another")
+    with pytest.raises(
+        WeightsError, match=rf"{machine}: {copy} .* is another file .*SHA-256 {digest}\); copy that one"
+    ):
+        sent(metric)(NOISY, FACE)
+
+
+def test_another_machine_finds_the_published_file_wherever_it_has_it(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = backbone_file("squeeze", tmp_path)
+    file = LPIPS_FILES["squeeze"]
+    published = dataclasses.replace(file, size=path.stat().st_size, sha256=sha256_of(path))
+    monkeypatch.setitem(LPIPS_FILES, "squeeze", published)
+    metric = LPIPS("squeeze", path)
+    assert load_lpips.cache_info().currsize == 0  # its digest says enough
+    expected = metric(NOISY, FACE)
+    path.rename(elsewhere / file.name)
+    assert sent(metric)(NOISY, FACE) == expected
+    (elsewhere / file.name).unlink()
+    with pytest.raises(WeightsError, match=rf"{re.escape(platform.node())}: .* supply {file.name} .* into {elsewhere}"):
+        sent(metric)(NOISY, FACE)
+
+
 def test_torchs_own_cache_is_looked_at_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDBFR_OFFLINE", "1")
     monkeypatch.setenv("LDBFR_CACHE", str(tmp_path / "ours"))
@@ -190,6 +270,57 @@ def test_what_cannot_be_had_is_missing_and_says_what_to_supply(tmp_path: Path, m
     names = [metric.measure.name for metric in (*pairs, *sets)]
     assert {*names, *reasons} == {*DEFAULT_METRICS, "pyiqa:niqe"}
     assert {"psnr", "ssim", "sharpness", "blur"} <= {*names}
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_weights_that_will_not_do_are_missing_before_anything_is_measured(
+    way: str, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, other = tmp_path / "damaged.pth", backbone_file("squeeze", tmp_path)
+    damaged.write_bytes(b"nothing")
+    given = {"alexnet": str(other), "squeezenet": str(damaged), "vgg16": "/proc/self/mem"}  # which nobody can read
+    if way == "environment":
+        for name, path in given.items():
+            monkeypatch.setenv(f"LDBFR_{name.upper()}", path)
+        given = {}
+    names = ["psnr", "lpips-alex", "lpips-squeeze", "lpips-vgg", "sharpness"]
+    pairs, _, missing = make_metrics(names, MetricOptions(**given))  # type: ignore[arg-type]
+    assert [metric.measure.name for metric in pairs] == ["psnr", "sharpness"]
+    reasons = {one.name: one.reason for one in missing}
+    assert f"{other} lacks features." in reasons["lpips-alex"]
+    assert "supply alexnet-owt-7be5be79.pth" in reasons["lpips-alex"]
+    assert f"{damaged} is no readable file of weights" in reasons["lpips-squeeze"]
+    assert "/proc/self/mem cannot be read" in reasons["lpips-vgg"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import nothing_of_that_name",
+        "list_models = lambda: ['niqe']\ndef create_metric(*_, **__): import nothing_of_that_name",
+    ],
+)
+def test_a_pyiqa_that_lacks_something_is_missing(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LDBFR_OFFLINE", raising=False)
+    (tmp_path / "pyiqa.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
+    pairs, _, missing = make_metrics(["pyiqa:niqe", "psnr"])
+    sys.modules.pop("pyiqa", None)
+    assert [metric.measure.name for metric in pairs] == ["psnr"]
+    assert "cannot be imported (No module named 'nothing_of_that_name'); install what it names" in missing[0].reason
+
+
+@needs_dlib
+def test_a_dlib_built_from_source_says_its_own_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dlib
+
+    def none(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(portraits, "version", none)
+    for metric in (Identity("tight"), Landmarks("tight")):
+        assert f"dlib {dlib.__version__}, " in metric.measure.protocol
 
 
 def test_pyiqas_metrics_are_its_own_and_download_nothing_where_that_is_forbidden(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,19 @@ from numpy.typing import NDArray
 
 from ldbfr.errors import ConfigError, InputError, WeightsError
 from ldbfr.evaluation import metric_choice
-from ldbfr.evaluation.features import DlibFeatures, InceptionFeatures
+from ldbfr.evaluation.engine import Evaluation, Metrics, on_this_machine
+from ldbfr.evaluation.features import DlibFeatures, InceptionFeatures, load_inception
 from ldbfr.evaluation.frechet import frechet_distance
 from ldbfr.evaluation.metric_choice import MetricOptions, make_metrics, reference_statistics
 from ldbfr.evaluation.metrics import IdentityModel
 from ldbfr.evaluation.moments import Moments
+from ldbfr.evaluation.restorers import InputItself
+from ldbfr.evaluation.results import Score, SetMetric
 from ldbfr.evaluation.set_metrics import FrechetMetric, KernelMetric, Reservoir
 from ldbfr.evaluation.statistics import Statistics, read_statistics, write_statistics
+from ldbfr.evaluation.work import SetStep, measures_key
 from ldbfr.images import Pixels, encode_image
+from tests.evaluating import BlobSet
 from tests.tiny import blob_faces
 
 needs_fidelity = pytest.mark.skipif(
@@ -203,6 +209,64 @@ def test_a_reservoir_is_a_fair_sample_of_bounded_size() -> None:
     assert (one.values() == other.values()).all()
 
 
+# ---- records ----
+
+
+def fid_of(metric: SetMetric, output: Path, split: str = "all") -> Score | None:
+    """The number of a set in an evaluation; None where it has none."""
+    evaluation = Evaluation(BlobSet(6), (InputItself(),), Metrics((), (metric,)), str(output))
+    return evaluation(on_this_machine()).scores["input"][split].get("fid")
+
+
+def record_of(metric: SetMetric) -> str:
+    """Where an evaluation keeps a metric's numbers."""
+    return SetStep(BlobSet(), (), "out", (metric,)).uri("input")
+
+
+def test_the_same_output_takes_force_up_and_drops_it_again(tmp_path: Path) -> None:
+    plain, forced = FrechetMetric(Corners()), FrechetMetric(Corners(), force=True)
+    assert fid_of(plain, tmp_path, "mild") is None
+    found = fid_of(forced, tmp_path, "mild")
+    assert found is not None
+    assert found.remark == "forced: 3 images, fewer than the 6 features"
+    assert fid_of(plain, tmp_path, "mild") is None
+
+
+def test_the_same_output_notices_another_reference_of_the_same_name_and_count(tmp_path: Path) -> None:
+    near, far = (
+        FrechetMetric(Corners(), reference=Statistics(np.full(6, mean), np.eye(6), 9, "a set"))
+        for mean in (90.0, 900.0)
+    )
+    assert near.measure == far.measure
+    first, second = fid_of(near, tmp_path), fid_of(far, tmp_path)
+    assert first is not None
+    assert second is not None
+    assert second.mean > first.mean
+    assert fid_of(near, tmp_path) == first
+
+
+def test_a_record_is_of_force_and_of_what_the_reference_holds() -> None:
+    def frechet(mean: float, spread: float, force: bool = False) -> SetMetric:
+        reference = Statistics(np.full(6, mean), spread * np.eye(6), 9, "a set")
+        return FrechetMetric(Corners(), reference=reference, force=force)
+
+    def kernel(mean: float) -> SetMetric:
+        vectors = (np.full(6, mean) for _ in range(9))
+        return KernelMetric(Corners(), reference=(Reservoir.of(vectors, 6, 0, "reference"), "9 images of a set"))
+
+    different = [frechet(0, 1), frechet(1, 1), frechet(0, 2), frechet(0, 1, True), kernel(0), kernel(1)]
+    assert len({record_of(metric) for metric in different}) == len(different)
+    for metric in different:
+        assert record_of(pickle.loads(pickle.dumps(metric))) == record_of(metric.fresh()) == record_of(metric)
+    assert record_of(frechet(0, 1)) == record_of(frechet(0, 1))
+    assert record_of(kernel(0)) == record_of(kernel(0))
+
+
+def test_what_has_neither_force_nor_reference_is_recorded_under_its_measures_alone() -> None:
+    for metric in (FrechetMetric(Corners()), KernelMetric(Corners())):
+        assert record_of(metric) == f"out/work/input/{measures_key([metric.measure])}-sets.json"
+
+
 # ---- statistics files ----
 
 
@@ -268,6 +332,36 @@ def test_a_folders_statistics_are_kept_in_the_cache(tmp_path: Path, monkeypatch:
         reference_statistics(str(folder), Corners())
 
 
+def test_files_that_were_replaced_by_others_of_the_same_size_and_time_are_another_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDBFR_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for number, image in enumerate(images(9)):
+        (folder / f"{number}.png").write_bytes(encode_image(image, "png"))
+    first = reference_statistics(str(folder), Corners())
+    before = (folder / "0.png").stat()
+    other = next(image for image in images(99, 1) if len(encode_image(image, "png")) == before.st_size)
+    (folder / "0.png").write_bytes(encode_image(other, "png"))
+    os.utime(folder / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = reference_statistics(str(folder), Corners())
+    assert (second.mean != first.mean).any()
+    np.testing.assert_allclose(second.mean, features(np.stack([other, *images(9)[1:]])).mean(axis=0))
+
+
+def test_a_relative_reference_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDBFR_CACHE", str(tmp_path / "cache"))
+    for name in ("one", "other"):
+        (tmp_path / name / "reference").mkdir(parents=True)
+        for number, image in enumerate(images(9)):
+            (tmp_path / name / "reference" / f"{number}.png").write_bytes(encode_image(image, "png"))
+        monkeypatch.chdir(tmp_path / name)
+        assert reference_statistics("reference", Corners()).about == str(tmp_path / name / "reference")
+    monkeypatch.setattr(metric_choice, "statistics_of", None)
+    assert reference_statistics("../one/reference", Corners()).about == str(tmp_path / "one" / "reference")
+
+
 # ---- Inception, by torch-fidelity ----
 
 
@@ -296,7 +390,7 @@ def test_features_are_torch_fidelitys_on_the_same_pixels(inception: Path) -> Non
     np.testing.assert_allclose(network.features(face), expected, rtol=1e-5)
     assert network.features(face).shape == (2_048,)
     again = pickle.loads(pickle.dumps(network))
-    assert again._network is None  # it loads its own
+    np.testing.assert_array_equal(again.features(face), network.features(face))
     assert (again.name, again.digest) == (network.name, network.digest)
     assert "299 px" in network.about
 
@@ -326,6 +420,33 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         WeightsError, match=r"other.pth is not the Inception-v3 of FID's authors.*; supply weights-inception"
     ):
         InceptionFeatures(tmp_path / "other.pth").features(blob_faces(1)[0])
+
+
+def test_a_file_of_another_network_is_missing_before_anything_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    torch.save({"some": torch.zeros(1)}, tmp_path / "other.pth")
+    options = MetricOptions(inception=str(tmp_path / "other.pth"), reference=str(tmp_path))
+    pairs, sets, missing = make_metrics(["psnr", "fid", "kid", "kid-reference"], options)
+    assert len(pairs) == 1
+    assert sets == []
+    assert [one.name for one in missing] == ["fid", "kid", "kid-reference"]
+    assert all("other.pth is not the Inception-v3 of FID's authors" in one.reason for one in missing)
+
+
+def test_another_machine_finds_its_own_inception(
+    inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDBFR_OFFLINE", "1")
+    given = tmp_path / "given.pth"
+    given.symlink_to(inception)
+    network, face = InceptionFeatures(given), blob_faces(1, 64)[0]
+    expected = network.features(face)
+    given.unlink()
+    load_inception.cache_clear()
+    with pytest.raises(WeightsError, match=rf"lacks the weights .*{network.digest}.* copy them there to {given}"):
+        pickle.loads(pickle.dumps(network)).features(face)
+    monkeypatch.setenv("LDBFR_INCEPTION", str(inception))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(network)).features(face), expected)
 
 
 # ---- dlib ----

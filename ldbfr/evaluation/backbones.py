@@ -7,8 +7,9 @@ They are the files of torchvision and torch-fidelity, byte for byte; nothing is 
 from __future__ import annotations
 
 import os
+import platform
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 from ldbfr.errors import WeightsError
@@ -66,6 +67,71 @@ def find_backbone(file: RemoteFile, path: str | Path | None = None) -> Path:
     return find_file(file, path)
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """The file of a network as an evaluation was started with it; every machine that measures finds its own copy.
+
+    Args:
+        file: what was published.
+        path: that was given, absolute; None where none was.
+        digest: SHA-256 of the file that was found, in hexadecimal; not the published one where somebody gave another.
+    """
+
+    file: RemoteFile
+    path: Path | None
+    digest: str
+
+    @classmethod
+    def of(cls, file: RemoteFile, path: str | Path | None = None) -> Backbone:
+        """The file on the machine where the evaluation starts.
+
+        Raises:
+            WeightsError: it is nowhere, or cannot be read.
+        """
+        return cls(file, Path(path).absolute() if path else None, digest_of(find_backbone(file, path)))
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is the published file, byte for byte, which needs no further look."""
+        return self.digest == self.file.sha256
+
+    def find(self) -> Path:
+        """The same file on this machine; a given path that is not here is passed over, and nothing else.
+
+        Raises:
+            WeightsError: it is not here, or another is; the text names the machine, and what to put where.
+        """
+        machine = platform.node()
+        here = self.path if self.path is not None and self.path.is_file() else None
+        if not (here or self.is_published or os.environ.get(self.file.variable)):  # a download would be another file
+            raise WeightsError(
+                f"{machine} lacks the weights that this evaluation was started with (SHA-256 {self.digest}): copy them "
+                f"there to {self.path or 'any place'}, or name their place there in ${self.file.variable}"
+            )
+        try:
+            found = find_backbone(self.file, here)
+        except WeightsError as error:
+            raise WeightsError(f"{machine}: {error}") from error
+        if (digest := digest_of(found)) != self.digest:
+            raise WeightsError(
+                f"{machine}: {found} (SHA-256 {digest}) is another file than the one that this evaluation was started "
+                f"with (SHA-256 {self.digest}); copy that one there"
+            )
+        return found
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file of weights, in hexadecimal.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}); give access to it, or copy it again") from error
+
+
 def torch_cache() -> Path:
     """Where torchvision keeps what it downloads."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
@@ -82,7 +148,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError, ValueError) as error:
+    except Exception as error:  # of a garbled file: IndexError, KeyError, struct.error and whatever else
         # torch's own text advises to run the code in the file
         raise WeightsError(f"{path} is no readable file of weights ({type(error).__name__}); copy it again") from error
     if not isinstance(values, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldbfr.errors import ConfigError, InputError, WeightsError
-from ldbfr.evaluation.backbones import INCEPTION_FILE, find_backbone, load_tensors
+from ldbfr.evaluation.backbones import INCEPTION_FILE, Backbone, load_tensors
 from ldbfr.evaluation.framing import Framing
 from ldbfr.evaluation.metrics import IdentityModel
 from ldbfr.evaluation.portraits import dlib_digest, portray
 from ldbfr.evaluation.reading import pixels_digest
 from ldbfr.images import Pixels
-from ldbfr.weights import sha256_of
 
 REMEMBERED = 2_048
 """Feature vectors that a network keeps (8 kB each for 2,048 numbers): an image comes once for its split and once for
@@ -57,7 +57,7 @@ class InceptionFeatures:
 
     Raises:
         ConfigError: torch-fidelity is not installed.
-        WeightsError: the weights are nowhere; the text says which file to supply.
+        WeightsError: the weights are nowhere, damaged or of another network; the text says which file to supply.
     """
 
     name = "inception-v3-compat-2048"
@@ -68,10 +68,11 @@ class InceptionFeatures:
             import torch_fidelity
         except ImportError as error:
             raise ConfigError(f"FID and KID need torch-fidelity ({error}): pip install 'ldbfr[metrics]'") from error
-        self.path, self.device = find_backbone(INCEPTION_FILE, path), device
-        self.digest = sha256_of(self.path)
+        self.backbone, self.device = Backbone.of(INCEPTION_FILE, path), device
+        if not self.backbone.is_published:
+            load_inception(self.backbone, "cpu")  # a file that will not do is refused before any work
+        self.digest = self.backbone.digest
         self.library = f"torch-fidelity {torch_fidelity.__version__}"
-        self._network: Any = None
         self._remembered: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
     @property
@@ -83,15 +84,15 @@ class InceptionFeatures:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes: they load the network themselves."""
-        return {**self.__dict__, "_network": None, "_remembered": OrderedDict()}
+        """For other processes, without the images' vectors."""
+        return {**self.__dict__, "_remembered": OrderedDict()}
 
     def features(self, image: Pixels) -> NDArray[np.float64]:
         """(H, W, 3) uint8 -> (2048,).
 
         Raises:
             InputError: a number is not finite.
-            WeightsError: the weights are damaged.
+            WeightsError: this machine has no such weights.
         """
         key = pixels_digest(image)
         if key not in self._remembered:
@@ -104,29 +105,37 @@ class InceptionFeatures:
     def _run(self, image: Pixels) -> NDArray[np.float32]:
         import torch
 
-        network = self._load()
+        network = load_inception(self.backbone, self.device)
         batch = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)
         with torch.no_grad():
             vector: NDArray[np.float32] = network(batch)[0][0].float().cpu().numpy()
         if not np.isfinite(vector).all():
-            raise InputError(f"its features hold numbers that are not finite; the weights {self.path} may be damaged")
+            raise InputError(
+                f"its features hold numbers that are not finite; the weights (SHA-256 {self.digest}) may be damaged"
+            )
         return vector
 
-    def _load(self) -> Any:
-        if self._network is None:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-            load_tensors(self.path)  # torch-fidelity would run code that is in the file
-            try:
-                self._network = FeatureExtractorInceptionV3(
-                    "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(self.path)
-                ).to(self.device)
-            except (RuntimeError, KeyError) as error:
-                reason = " ".join(str(error).split())[:160]
-                raise WeightsError(
-                    f"{self.path} is not {INCEPTION_FILE.about} ({reason} …); {INCEPTION_FILE.how_to_supply()}"
-                ) from error
-        return self._network
+@lru_cache(maxsize=2)
+def load_inception(backbone: Backbone, device: str) -> Any:
+    """The network of this machine's file, once for a process: FID and KID share it.
+
+    Raises:
+        WeightsError: this machine lacks the file, or it is damaged or of another network.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = backbone.find()
+    load_tensors(path)  # torch-fidelity would run code that is in the file
+    try:
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+        ).to(device)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(
+            f"{path} is not {INCEPTION_FILE.about} ({reason} …); {INCEPTION_FILE.how_to_supply()}"
+        ) from error
 
 
 class DlibFeatures:

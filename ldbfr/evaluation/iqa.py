@@ -29,7 +29,7 @@ class PyIQA:
         device: where it runs.
 
     Raises:
-        ConfigError: the extra `iqa` is not installed, or pyiqa has no such metric.
+        ConfigError: the extra `iqa` is not installed or cannot be imported, or pyiqa has no such metric.
         WeightsError: its weights cannot be had.
     """
 
@@ -67,16 +67,21 @@ def make(metric: str, device: str) -> Any:
     """pyiqa's metric, once for a process.
 
     Raises:
-        ConfigError: pyiqa has no such metric.
+        ConfigError: pyiqa has no such metric, or something that it imports is not there.
         WeightsError: its weights cannot be had.
     """
-    import pyiqa
-
-    if metric not in pyiqa.list_models():
-        raise ConfigError(f"pyiqa has no metric {metric!r}; its own: {', '.join(pyiqa.list_models())}")
     try:
+        import pyiqa
+
+        if metric not in pyiqa.list_models():
+            raise ConfigError(f"pyiqa has no metric {metric!r}; its own: {', '.join(pyiqa.list_models())}")
         with as_offline_as_asked():
             return pyiqa.create_metric(metric, device=device)
+    except ImportError as error:
+        raise ConfigError(
+            f"pyiqa's {metric} cannot be imported ({error}); install what it names, or pip install --upgrade "
+            "'ldbfr[iqa]'"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:  # what its downloads raise
         raise WeightsError(f"pyiqa cannot make {metric}: {error}; see its documentation for the weights") from error
 

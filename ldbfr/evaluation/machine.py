@@ -20,6 +20,7 @@ PACKAGES = (
     "scikit-image",
     "lpips",
     "dlib-bin",
+    "dlib",
     "face_recognition_models",
 )
 """Whose versions may change a number."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,11 +21,12 @@ from ldbfr.evaluation.framing import Framing
 from ldbfr.evaluation.iqa import PREFIX, PyIQA
 from ldbfr.evaluation.moments import Moments
 from ldbfr.evaluation.pair_metrics import LPIPS, PSNR, SSIM, Blur, Identity, Landmarks, SharpnessRatio
-from ldbfr.evaluation.pairing import ImageFiles
+from ldbfr.evaluation.pairing import READERS, ImageFiles
 from ldbfr.evaluation.results import Missing, PairMetric, SetMetric
 from ldbfr.evaluation.set_metrics import FrechetMetric, KernelMetric, Reservoir, vector_of
 from ldbfr.evaluation.statistics import SUFFIX, Statistics, read_statistics, write_statistics
 from ldbfr.images import decode_image
+from ldbfr.places import absolute
 from ldbfr.progress import Progress, Tally
 from ldbfr.weights import cache_folder
 
@@ -83,7 +85,7 @@ def _kid(options: MetricOptions) -> SetMetric:
 
 
 def _kid_reference(options: MetricOptions) -> SetMetric:
-    network, place = InceptionFeatures(options.inception, options.device), reference_of(options)
+    network, place = InceptionFeatures(options.inception, options.device), absolute(reference_of(options))
     if place.endswith(SUFFIX):
         raise InputError(f"{place}: a kernel distance needs the reference images themselves; give their folder")
     sample = Reservoir.of(features_of(place, network), network.size, options.seed, "reference")
@@ -187,14 +189,19 @@ def reference_of(options: MetricOptions) -> str:
 def reference_statistics(place: str, network: FeatureNetwork, stated: str | None = None) -> Statistics:
     """Of a statistics file, or of a folder, whose own are kept in the cache.
 
+    There they are found by the folder's absolute place, the network, and the digest of every file's content: the folder
+    is read, which takes a small part of the time that the network would need, and replaced files are noticed whatever
+    their size and their time say.
+
     Raises:
         InputError: the file is of another network, or the folder has no images.
         StorageError: it cannot be read.
     """
+    place = absolute(place)
     if place.endswith(SUFFIX):
         return read_statistics(place, network, stated)
-    listing = [(info.key, info.size) for info in ImageFiles.of(place).files.values()]
-    digest = hashlib.sha256(json.dumps([place, network.name, network.digest, listing]).encode()).hexdigest()
+    what = [place, network.name, network.digest, content_of(place)]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     kept = str(cache_folder() / "statistics" / f"{digest[:32]}{SUFFIX}")
     if storage.exists(kept):
         log.info("statistics of %s are in the cache: %s", place, kept)
@@ -205,6 +212,26 @@ def reference_statistics(place: str, network: FeatureNetwork, stated: str | None
     except StorageError as error:
         log.warning("the statistics of %s could not be kept: %s", place, error)
     return statistics
+
+
+def content_of(place: str) -> list[tuple[str, str]]:
+    """Key and SHA-256 of every image of a folder, in the keys' order.
+
+    Raises:
+        InputError: no image.
+        StorageError: the folder or a file cannot be read.
+    """
+    files = ImageFiles.of(place).files.values()
+    log.info("reading %s images of %s, whose statistics may be in the cache", f"{len(files):,}", place)
+    progress = Progress(Tally(len(files)), every=REPORT_SECONDS)
+    content = []
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(lambda info: hashlib.sha256(storage.read_bytes(info.uri)).hexdigest(), files)
+        for info, digest in zip(files, digests, strict=True):
+            content.append((info.key, digest))
+            progress.tally.restored += 1
+            progress.update()
+    return content
 
 
 def statistics_of(place: str, network: FeatureNetwork) -> Statistics:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ldbfr.errors import ConfigError, InputError, WeightsError
-from ldbfr.evaluation.backbones import LPIPS_FILES, Net, find_backbone, load_tensors
+from ldbfr.evaluation.backbones import LPIPS_FILES, Backbone, Net, load_tensors
 from ldbfr.evaluation.framing import Framing
 from ldbfr.evaluation.metrics import IdentityModel, psnr, sharpness
-from ldbfr.evaluation.portraits import dlib_digest, identity_distance, landmark_distance, portray
+from ldbfr.evaluation.portraits import dlib_digest, dlib_version, identity_distance, landmark_distance, portray
 from ldbfr.evaluation.results import Measure
 from ldbfr.evaluation.ssim import windowed_ssim
 from ldbfr.images import Pixels, to_float
@@ -72,7 +72,7 @@ class LPIPS:
 
     Raises:
         ConfigError: the extra `lpips` is not installed.
-        WeightsError: the weights are nowhere; the text says which file to supply.
+        WeightsError: the weights are nowhere, damaged or of another network; the text says which file to supply.
     """
 
     needs_original = True
@@ -80,12 +80,14 @@ class LPIPS:
     def __init__(self, net: Net, path: str | Path | None = None, device: str = "cpu") -> None:
         self.net, self.device = net, device
         heads = lpips_heads(net)
-        self.path = find_backbone(LPIPS_FILES[net], path)
+        self.backbone = Backbone.of(LPIPS_FILES[net], path)
+        if not self.backbone.is_published:
+            load_lpips(net, self.backbone, "cpu")  # a file that will not do is refused before any work
         self.measure = Measure(
             name=f"lpips-{net}",
             label=f"LPIPS ({net})",
             better="lower",
-            protocol=f"lpips {version('lpips')}, {net} backbone (weights {sha256_of(self.path)[:12]}), linear heads "
+            protocol=f"lpips {version('lpips')}, {net} backbone (weights {self.backbone.digest[:12]}), linear heads "
             f"{LPIPS_HEADS} ({sha256_of(heads)[:12]}), images in [-1, 1] at their own size",
         )
 
@@ -93,11 +95,11 @@ class LPIPS:
         """The distance; 0 for equal images.
 
         Raises:
-            WeightsError: the weights are damaged or of another network.
+            WeightsError: this machine has no such weights.
         """
         import torch
 
-        network = load_lpips(self.net, self.path, self.device)
+        network = load_lpips(self.net, self.backbone, self.device)
         pair = [to_float(pixels)[None].to(self.device) for pixels in (image, given(original))]
         with torch.no_grad():
             return float(network(*pair))
@@ -116,11 +118,11 @@ def lpips_heads(net: Net) -> Path:
 
 
 @lru_cache(maxsize=3)
-def load_lpips(net: Net, path: Path, device: str) -> Any:
-    """The network, once for a process, without a download: lpips makes it at random, then it gets the file's weights.
+def load_lpips(net: Net, backbone: Backbone, device: str) -> Any:
+    """The network, once for a process: lpips makes it at random, then it gets the weights of this machine's file.
 
     Raises:
-        WeightsError: the file is damaged or of another network.
+        WeightsError: this machine lacks the file, or it is damaged or of another network.
     """
     import warnings
 
@@ -129,6 +131,7 @@ def load_lpips(net: Net, path: Path, device: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own deprecations inside lpips
         network = lpips.LPIPS(net=net, version=LPIPS_HEADS, pnet_rand=True, verbose=False)
+    path = backbone.find()
     weights = load_tensors(path)
     # A slice's module has its number among torchvision's features: slice2.5.weight is features.5.weight.
     wanted = network.net.state_dict()
@@ -156,7 +159,7 @@ class _OfPortraits:
     def frame_text(self) -> str:
         """For the protocol."""
         cut = "cut to the tight frame (66 % of FFHQ's)" if self.framing == "ffhq" else "tight frame"
-        return f"{cut}, 128 px, landmarks fitted to the whole frame; dlib {version('dlib-bin')}, {dlib_digest()[:12]}"
+        return f"{cut}, 128 px, landmarks fitted to the whole frame; dlib {dlib_version()}, {dlib_digest()[:12]}"
 
 
 class Identity(_OfPortraits):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +88,16 @@ def dlib_digest() -> str:
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "models"
     return hashlib.sha256("\n".join(sha256_of(folder / name) for name in DLIB_FILES).encode()).hexdigest()
+
+
+def dlib_version() -> str:
+    """dlib's version: its wheel's, or its own where it was built from source."""
+    try:
+        return version("dlib-bin")
+    except PackageNotFoundError:
+        import dlib
+
+        return str(dlib.__version__)
 
 
 def tone_angle(image: Pixels, seen: Portrait) -> float:

@@ -122,6 +122,13 @@ class SetMetric(Protocol):
     def remark(self) -> str:
         """What has to stand beside the number (`Score.remark`): "" or that it was forced from too few images."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about the number and is not in the protocol: whether it is forced, the reference's digest.
+
+        Empty where there is nothing of that; a record of other settings is not taken for this metric's.
+        """
+
     def update(self, image: Pixels, original: Pixels | None, name: str = "") -> None:
         """Take one image (and its original, where that is the reference) in; InputError, with `name`, for NaN."""
 

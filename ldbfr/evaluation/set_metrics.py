@@ -10,8 +10,9 @@ GANs".
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +113,12 @@ class FrechetMetric:
         return Measure(name=self.name, label=self.label, better="lower", protocol=which)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Whether it is forced, and the digest of the reference's statistics."""
+        forced = {"force": True} if self.force else {}
+        return forced if self.reference is None else {**forced, "reference": self.reference.digest}
+
+    @property
     def remark(self) -> str:
         """That there are too few images, where the number is forced."""
         few = self._too_few()
@@ -197,6 +204,11 @@ class KernelMetric:
         )
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The digest of the reference's sample."""
+        return {} if self.reference is None else {"reference": self.reference[0].digest()}
+
+    @property
     def remark(self) -> str:
         """How large the subsets are, where they are smaller than usual."""
         size = self._subset_size()
@@ -265,6 +277,13 @@ class Reservoir:
     def values(self) -> NDArray[np.float64]:
         """The sample, (n, size)."""
         return np.stack(self._kept).astype(np.float64)
+
+    def digest(self) -> str:
+        """SHA-256 of the sample, in hexadecimal."""
+        digest = hashlib.sha256()
+        for vector in self._kept:
+            digest.update(vector.tobytes())
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, vectors: Iterable[NDArray[np.float64]], size: int, seed: int, what: str) -> Reservoir:

@@ -6,8 +6,10 @@ pytorch-fid and others publish have `mu` and `sigma` alone: which network they a
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import Any
 
@@ -31,6 +33,11 @@ class Statistics:
     covariance: NDArray[np.float64]
     count: int | None
     about: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of mean and covariance, in hexadecimal."""
+        return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
 
 
 def write_statistics(uri: str, statistics: Statistics, network: FeatureNetwork) -> None:

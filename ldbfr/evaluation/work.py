@@ -195,9 +195,9 @@ class SetStep:
     metrics: tuple[SetMetric, ...]
 
     def uri(self, restorer: str) -> str:
-        """Where the numbers are."""
-        key = measures_key([metric.measure for metric in self.metrics])
-        return Places(self.output, restorer).work(f"{key}-sets.json")
+        """Where the numbers are; other settings or another reference of a metric are measured anew."""
+        measures = [metric.measure.model_dump() | metric.settings for metric in self.metrics]
+        return Places(self.output, restorer).work(f"{digest_of(measures)[:16]}-sets.json")
 
     def __call__(self, restorer: str) -> Iterator[str]:
         """Measure the sets of one restorer, and give its name."""
