@@ -19,8 +19,9 @@ from ldbfr.data.index import FaceImages
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.evaluation import building
-from ldbfr.evaluation.building import ManifestRow, Plan, build_testset, read_rows, same_everywhere
+from ldbfr.evaluation.building import Plan, build_testset, same_everywhere
 from ldbfr.evaluation.framing import tight_crop, tight_part
+from ldbfr.evaluation.manifest import ManifestRow, read_rows
 from ldbfr.evaluation.testset_command import TestSetCommand
 from ldbfr.evaluation.testsets import BuiltTestSet, PlainFolder, open_testset
 from ldbfr.faces import DETECTOR_FILE, TEMPLATES, YuNet

@@ -22,7 +22,7 @@ import logging
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,17 +30,30 @@ from itertools import islice
 from typing import Any
 
 import cv2
-from pydantic import Field, ValidationError
 
 from ldbfr import storage
 from ldbfr.config import check_range
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
-from ldbfr.errors import ConfigError, InputError, LDBFRError
+from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.evaluation.framing import Framing, tight_crop
+from ldbfr.evaluation.manifest import (
+    BUILDING_FILE,
+    MANIFEST_FILE,
+    TESTSET_FILE,
+    Description,
+    Digests,
+    ManifestRow,
+    counts_text,
+    differences_of,
+    dumped,
+    read_description,
+    read_rows,
+    row_lines,
+    rows_digest,
+)
 from ldbfr.evaluation.measuring import in_processes, num_cores
 from ldbfr.evaluation.png import encode_png
 from ldbfr.evaluation.reading import decode_exactly, pixels_digest
-from ldbfr.evaluation.results import Record
 from ldbfr.evaluation.sources import list_faces, read_faces
 from ldbfr.images import fit_to_side
 from ldbfr.progress import Progress, Tally
@@ -49,47 +62,11 @@ from ldbfr.storage import join
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-TESTSET_FILE, BUILDING_FILE, MANIFEST_FILE = "testset.json", "building.json", "manifest.jsonl"
 PART = 64
 """Faces whose rows are written together: so much is done again after a stop, at most."""
 PAPER_SPLITS = ("mild", "medium", "severe")
 REPORT_SECONDS = 5.0
 LARGEST_SIDE = 4096
-
-
-class Digests(Record):
-    """SHA-256 in hexadecimal of the low-quality image and of its original."""
-
-    lq: str
-    hq: str
-
-
-class ManifestRow(Record):
-    """A row of the manifest. `lq` and `hq` are paths within the set."""
-
-    name: str
-    split: str
-    lq: str
-    hq: str
-    side: int
-    degradation: dict[str, Any]
-    """`Degradation.from_json` reads it."""
-    sha256: Digests
-    """Of the files."""
-    pixels_sha256: Digests
-    """Of the pixels, see `ldbfr.evaluation.reading.pixels_digest`."""
-
-
-class Description(Record):
-    """What testset.json says; building.json has the same without counts and digest."""
-
-    format: int = FORMAT
-    name: str
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    counts: dict[str, int] = Field(default_factory=dict)
-    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -237,32 +214,6 @@ def agreed(wanted: Description, output: str) -> Description | None:
     return None
 
 
-def differences_of(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What two settings differ in, one text for each."""
-    names = [*wanted, *(name for name in found if name not in wanted)]
-    return [
-        f"{name} {found.get(name)!r} there, {wanted.get(name)!r} wanted"
-        for name in names
-        if found.get(name) != wanted.get(name)
-    ]
-
-
-def read_description(uri: str) -> Description:
-    """testset.json or building.json.
-
-    Raises:
-        InputError: it is damaged or of another format.
-        StorageError: it cannot be read.
-    """
-    try:
-        found = Description.model_validate_json(storage.read_bytes(uri))
-    except ValidationError as error:
-        raise InputError(f"{uri} is damaged, or of another version of ldbfr ({error}); build the set again") from error
-    if found.format != FORMAT:
-        raise InputError(f"{uri} is of format {found.format}, expected {FORMAT}; use the version that wrote it")
-    return found
-
-
 class MakeImages:
     """Makes all images of a face and writes them; rows come back."""
 
@@ -334,11 +285,6 @@ def write_parts(
         storage.write_bytes(join(output, "parts", f"part-{number:05d}.jsonl"), row_lines(rows))
 
 
-def row_lines(rows: Iterable[ManifestRow]) -> bytes:
-    """A line of JSON for every row."""
-    return "".join(row.model_dump_json() + "\n" for row in rows).encode()
-
-
 def finish(output: str, description: Description) -> Description:
     """Write the manifest from the parts, then testset.json; what was for building only goes."""
     parts = sorted(storage.list_objects(join(output, "parts")), key=lambda info: info.key)
@@ -358,35 +304,3 @@ def finish(output: str, description: Description) -> Description:
     storage.delete(join(output, BUILDING_FILE))
     log.info("%s: %s; digest %s", output, counts_text(finished), finished.digest)
     return finished
-
-
-def read_rows(uri: str) -> list[ManifestRow]:
-    """Rows of a manifest or a part of one.
-
-    Raises:
-        InputError: it is damaged.
-        StorageError: it cannot be read.
-    """
-    try:
-        return [ManifestRow.model_validate_json(line) for line in storage.read_bytes(uri).splitlines()]
-    except ValidationError as error:
-        raise InputError(f"{uri} is damaged ({error}); build the test set again") from error
-
-
-def rows_digest(rows: Iterable[ManifestRow]) -> str:
-    """One SHA-256 for a set: names, draws and pixels, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        line = [row.name, row.degradation, row.pixels_sha256.lq, row.pixels_sha256.hq]
-        digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def dumped(description: Description) -> bytes:
-    """As a file."""
-    return (description.model_dump_json(indent=1) + "\n").encode()
-
-
-def counts_text(description: Description) -> str:
-    """How many images of each split."""
-    return ", ".join(f"{count:,} {split}" for split, count in description.counts.items())

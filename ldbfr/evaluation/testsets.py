@@ -15,7 +15,8 @@ from typing import Any, Literal
 from ldbfr import storage
 from ldbfr.degradations import Degradation
 from ldbfr.errors import ConfigError, InputError
-from ldbfr.evaluation.building import (
+from ldbfr.evaluation.digests import file_digests, named_digest
+from ldbfr.evaluation.manifest import (
     MANIFEST_FILE,
     TESTSET_FILE,
     ManifestRow,
@@ -23,7 +24,6 @@ from ldbfr.evaluation.building import (
     read_rows,
     rows_digest,
 )
-from ldbfr.evaluation.digests import file_digests, named_digest
 from ldbfr.evaluation.pairing import ImageFiles, listed, pair
 from ldbfr.evaluation.reading import decode_exactly, read_image, size_of_image
 from ldbfr.evaluation.results import Entry, TestSet
