@@ -103,9 +103,9 @@ def test_the_same_files_in_a_bucket_have_the_same_digest(tmp_path: Path, s3_root
     for part in ("lq", "hq"):
         for name in ("a.png", "x/b.png"):
             storage.write_bytes(storage.join(s3_root, part, name), (tmp_path / part / name).read_bytes())
-    there = [storage.join(s3_root, part) for part in ("lq", "hq")]
-    assert open_testset(*there).about["digest"] == open_testset(lq, hq).about["digest"]
-    assert open_testset(there[0]).about["digest"] == open_testset(lq).about["digest"]
+    there, originals = storage.join(s3_root, "lq"), storage.join(s3_root, "hq")
+    assert open_testset(there, originals).about["digest"] == open_testset(lq, hq).about["digest"]
+    assert open_testset(there).about["digest"] == open_testset(lq).about["digest"]
 
 
 def test_a_name_case_and_folders_matter(tmp_path: Path) -> None:
