@@ -6,20 +6,26 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ldbfr import storage
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.evaluation.bootstrap import bootstrap_means, interval
+from ldbfr.evaluation.building import build_testset
 from ldbfr.evaluation.engine import Evaluation, Execution, Metrics, on_this_machine, score_of, strata_of
 from ldbfr.evaluation.machine import kind_of_machine
 from ldbfr.evaluation.metrics import psnr, sharpness
 from ldbfr.evaluation.restorers import FolderRestorer, InputItself, PipelineRestorer, load_pipeline
-from ldbfr.evaluation.results import Entry, Restorer, Results, Row
-from ldbfr.evaluation.work import Batch, Places, RestoreStep, batches_of, slug, splits_of
+from ldbfr.evaluation.results import Entry, Restorer, Results, Row, TestSet
+from ldbfr.evaluation.testsets import open_testset
+from ldbfr.evaluation.work import Batch, Places, RestoreStep, batches_of, digest_of, slug, splits_of
+from ldbfr.images import encode_image
 from ldbfr.runner import run_here
-from tests.evaluating import BlobSet, Brightness, Psnr, images_of, metrics, save_weights
+from tests import tiny
+from tests.evaluating import BlobSet, Brightness, Psnr, Sharpness, degrade, images_of, metrics, save_weights
 
 TEST_SET = BlobSet(6)
 LABELS = ("test_set", "restorers", "measures", "missing", "scores", "settings", "versions")
@@ -32,7 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_weights(tmp_path_factory.mktemp("weights") / "tiny")
 
 
-def evaluation(output: Path, *restorers: Restorer, test_set: BlobSet = TEST_SET, **options: object) -> Evaluation:
+def evaluation(output: Path, *restorers: Restorer, test_set: TestSet = TEST_SET, **options: object) -> Evaluation:
     given = {"metrics": metrics(), "batch_size": 2, **options}
     return Evaluation(test_set, restorers or (InputItself(),), output=str(output), **given)  # type: ignore[arg-type]
 
@@ -156,13 +162,78 @@ def test_a_restorer_and_a_metric_can_be_added_later(tmp_path: Path, weights: str
 
 def test_results_of_other_settings_are_refused(tmp_path: Path, weights: str) -> None:
     evaluation(tmp_path, PipelineRestorer("ours", weights))(on_this_machine())
-    with pytest.raises(ConfigError, match="results of ours with another restorer: name another --output"):
+    with pytest.raises(
+        ConfigError, match=r"of ours with another restorer \(seed 0 there, 1 here\): name another --output"
+    ):
         evaluation(tmp_path, PipelineRestorer("ours", weights, seed=1))(on_this_machine())
-    with pytest.raises(ConfigError, match="another batch_size"):
+    with pytest.raises(ConfigError, match=r"another batch_size \(2 there, 3 here\)"):
         evaluation(tmp_path, PipelineRestorer("ours", weights), batch_size=3)(on_this_machine())
     other = BlobSet(6, about={"digest": "another"})
-    with pytest.raises(ConfigError, match="another test_set"):
+    text = (
+        r"another test_set \(its images have the same names, but the files are others: digest of blobs there, another"
+    )
+    with pytest.raises(ConfigError, match=text):
         evaluation(tmp_path, PipelineRestorer("ours", weights), test_set=other)(on_this_machine())
+    with pytest.raises(ConfigError, match=r"ours with other images \(by their names or splits, or by --limit\): name"):
+        evaluation(tmp_path, PipelineRestorer("ours", weights), limit=2)(on_this_machine())
+
+
+def pairs_at(folder: Path, seed: int = 0) -> tuple[str, str]:
+    """A folder of four low-quality images and one of their originals; the seed changes what they hold, no name."""
+    for number, face in enumerate(tiny.blob_faces(4 + seed)[seed:]):
+        for part, image in (("lq", degrade(face, 2)), ("hq", face)):
+            storage.write_bytes(str(folder / part / f"{number}.png"), encode_image(image, "png"))
+    return str(folder / "lq"), str(folder / "hq")
+
+
+def opened(folders: tuple[str, str], originals: bool) -> TestSet:
+    return open_testset(*folders) if originals else open_testset(folders[0])
+
+
+@pytest.mark.parametrize("originals", [True, False])
+def test_results_of_other_files_of_the_same_names_are_refused(tmp_path: Path, originals: bool) -> None:
+    options: dict[str, Any] = {"metrics": Metrics((Sharpness(),))}
+    folders = pairs_at(tmp_path / "one")
+    first = evaluation(tmp_path / "out", test_set=opened(folders, originals), **options)(on_this_machine())
+    moved = pairs_at(tmp_path / "moved")
+    again = evaluation(tmp_path / "out", test_set=opened(moved, originals), **options)(on_this_machine())
+    assert again.scores == first.scores  # the files decide, not their place
+    rows = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    refused = "input with another test_set .its images have the same names, but the files are others: digest"
+    other = opened(pairs_at(tmp_path / "two", seed=1), originals)
+    with pytest.raises(ConfigError, match=refused):
+        evaluation(tmp_path / "out", test_set=other, **options)(on_this_machine())
+    Path(folders[originals], "3.png").write_bytes(Path(folders[originals], "2.png").read_bytes())  # in its place
+    with pytest.raises(ConfigError, match=refused):
+        evaluation(tmp_path / "out", test_set=opened(folders, originals), **options)(on_this_machine())
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
+
+
+@pytest.mark.parametrize("originals", [True, False])
+def test_an_output_that_recorded_only_the_names_of_a_folder_is_refused(tmp_path: Path, originals: bool) -> None:
+    test_set = opened(pairs_at(tmp_path), originals)
+    own = evaluation(tmp_path / "out", test_set=test_set, metrics=Metrics((Sharpness(),)))
+    own(on_this_machine())
+    record = tmp_path / "out" / "work" / "input" / "about.json"
+    about = json.loads(record.read_text("utf-8"))
+    record.write_text(
+        json.dumps({**about, "test_set": about["images"]}), "utf-8"
+    )  # as it was until folders had digests
+    with pytest.raises(ConfigError, match="an earlier version of ldbfr recorded only the images' names"):
+        own(on_this_machine())
+
+
+def test_an_evaluation_of_a_built_set_goes_on_by_the_set_s_own_digest(tmp_path: Path) -> None:
+    pairs_at(tmp_path)
+    built = build_testset(str(tmp_path / "hq"), str(tmp_path / "set"), side=tiny.SIDE, processes=1)
+    test_set = open_testset(str(tmp_path / "set"))
+    own = evaluation(tmp_path / "out", test_set=test_set)
+    own(on_this_machine())
+    names = digest_of([[entry.name, entry.split] for entry in test_set.entries])
+    about = {"restorer": InputItself().about, "test_set": built.digest, "images": names, "batch_size": 2}
+    record = tmp_path / "out" / "work" / "input" / "about.json"
+    assert json.loads(record.read_text("utf-8")) == about  # an output with this record is gone on with
+    own(on_this_machine())
 
 
 # ---- what cannot be measured ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from io import BytesIO
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldbfr.errors import ConfigError, InputError
+from ldbfr import storage
+from ldbfr.errors import ConfigError, InputError, StorageError
+from ldbfr.evaluation.digests import file_digest
 from ldbfr.evaluation.pairing import ImageFiles, pair
 from ldbfr.evaluation.reading import decode_exactly, pixels_digest
 from ldbfr.evaluation.testsets import PairedFolders, open_testset
 from ldbfr.images import encode_image
+from ldbfr.storage import ObjectInfo
 
 FACE = np.arange(16 * 12 * 3, dtype=np.uint8).reshape(16, 12, 3)
 
@@ -55,6 +59,53 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     assert f"1 missing in {hq}: only" in text
     assert f"1 names twice in {lq}: two (two.jpg and two.png)" in text
     assert "1 of two sizes: size (12 × 16 and 12 × 8 px)" in text
+
+
+def test_a_digest_tells_what_the_files_hold_and_under_which_names(tmp_path: Path) -> None:
+    lq, hq = folder(tmp_path / "lq", "a.png", "b.png"), folder(tmp_path / "hq", "a.png", "b.png")
+    first = open_testset(lq, hq).about["digest"]
+    contents = hashlib.sha256((tmp_path / "lq" / "a.png").read_bytes()).hexdigest()
+    assert first == hashlib.sha256(f"a\0{contents * 2}\nb\0{contents * 2}\n".encode()).hexdigest()
+    found = {first, open_testset(lq).about["digest"]}
+    for place, name, pixels in ((lq, "b.png", FACE + 1), (lq, "b.png", FACE), (hq, "b.png", FACE + 1)):
+        folder(Path(place), name, pixels=pixels)
+        found.add(open_testset(lq, hq).about["digest"])
+    assert len(found) == 4  # one of them is the first again
+    (tmp_path / "lq" / "a.png").unlink()
+    with pytest.raises(StorageError, match=r"a.png: there is no such file"):
+        file_digest(ObjectInfo(str(tmp_path / "lq" / "a.png"), "a.png", 9))
+
+
+def test_a_large_file_is_digested_in_pieces_and_one_cut_short_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "large", bytes(range(256)) * 40_000
+    path.write_bytes(data)
+    pieces: list[int] = []
+    read = storage.read_range
+
+    def counted(uri: str, start: int, length: int) -> bytes:
+        pieces.append(length)
+        return read(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    assert file_digest(ObjectInfo(str(path), "large", len(data))) == hashlib.sha256(data).hexdigest()
+    assert sum(pieces) == len(data)
+    assert max(pieces) <= 2**22 < len(data)
+    path.write_bytes(data[:-1])
+    with pytest.raises(StorageError, match="it was cut short or replaced"):
+        file_digest(ObjectInfo(str(path), "large", len(data)))
+
+
+@pytest.mark.s3
+def test_the_same_files_in_a_bucket_have_the_same_digest(tmp_path: Path, s3_root: str) -> None:
+    lq, hq = folder(tmp_path / "lq", "a.png", "x/b.png"), folder(tmp_path / "hq", "a.png", "x/b.png", pixels=FACE + 1)
+    for part in ("lq", "hq"):
+        for name in ("a.png", "x/b.png"):
+            storage.write_bytes(storage.join(s3_root, part, name), (tmp_path / part / name).read_bytes())
+    there, originals = storage.join(s3_root, "lq"), storage.join(s3_root, "hq")
+    assert open_testset(there, originals).about["digest"] == open_testset(lq, hq).about["digest"]
+    assert open_testset(there).about["digest"] == open_testset(lq).about["digest"]
 
 
 def test_a_name_case_and_folders_matter(tmp_path: Path) -> None:

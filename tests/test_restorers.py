@@ -191,6 +191,18 @@ def test_a_folder_that_does_not_pair_is_refused(tmp_path: Path) -> None:
         FolderRestorer("M", str(tmp_path / "nowhere")).check(TEST_SET.entries, 32)
 
 
+def test_two_results_of_one_name_are_refused_with_a_list(tmp_path: Path) -> None:
+    image = tiny.blob_faces(1)[0]
+    names = [f"mild/{number:03d}" for number in range(12)]
+    one = FolderRestorer("M", folder_of(tmp_path / "one", dict.fromkeys(["mild/000.PNG", "mild/000.png"], image)))
+    with pytest.raises(InputError, match=r"1 names twice.*: mild/000 \(mild/000.PNG and mild/000.png\); remove one of"):
+        one.check(TEST_SET.entries, 32)
+    files = [name + suffix for name in names for suffix in (".PNG", ".png")]
+    many = FolderRestorer("M", folder_of(tmp_path / "many", dict.fromkeys(files, image)))
+    with pytest.raises(InputError, match=r"12 names twice.* mild/009 \(mild/009.PNG and mild/009.png\) and 2 more; "):
+        many.check(TEST_SET.entries, 32)
+
+
 def test_a_result_of_another_size_is_refused(tmp_path: Path) -> None:
     entry, lq = TEST_SET.entries[0], images_of(TEST_SET)[0][0]
     restorer = FolderRestorer("M", folder_of(tmp_path, {f"{entry.name}.png": tiny.blob_faces(1, 64)[0]}))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from ldbfr.data.index import FaceImages
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
 from ldbfr.errors import ConfigError, InputError
 from ldbfr.evaluation import building
-from ldbfr.evaluation.building import ManifestRow, Plan, build_testset, read_rows, same_everywhere
+from ldbfr.evaluation.building import Plan, build_testset, same_everywhere
 from ldbfr.evaluation.framing import tight_crop, tight_part
+from ldbfr.evaluation.manifest import ManifestRow, read_rows
 from ldbfr.evaluation.testset_command import TestSetCommand
 from ldbfr.evaluation.testsets import BuiltTestSet, PlainFolder, open_testset
 from ldbfr.faces import DETECTOR_FILE, TEMPLATES, YuNet
@@ -105,20 +108,25 @@ def test_the_pixels_do_not_depend_on_what_the_processor_can_do() -> None:
     assert len(digests) == 1
 
 
-def test_a_stopped_build_goes_on_and_ends_as_an_unstopped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "PART", 2)
-    source, whole, stopped = faces_at(tmp_path / "faces"), tmp_path / "whole", tmp_path / "stopped"
-    build_testset(str(source), str(whole), side=SIDE, processes=1)
-    made: list[int] = []
-    real = building.MakeImages.__call__
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let builds in this process be interrupted after so many faces; the list grows by every face that was made."""
+    real, made = building.MakeImages.__call__, list[int]()
 
     def make(self: building.MakeImages, task: tuple[int, str, bytes]) -> tuple[int, list[ManifestRow]]:
-        if len(made) == 5:
+        if len(made) == count:
             raise KeyboardInterrupt
         made.append(task[0])
         return real(self, task)
 
+    monkeypatch.setattr(building, "PART", 2)
     monkeypatch.setattr(building.MakeImages, "__call__", make)
+    return made
+
+
+def test_a_stopped_build_goes_on_and_ends_as_an_unstopped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, whole, stopped = faces_at(tmp_path / "faces"), tmp_path / "whole", tmp_path / "stopped"
+    build_testset(str(source), str(whole), side=SIDE, processes=1)
+    made = stop_after(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build_testset(str(source), str(stopped), side=SIDE, processes=1)
     with pytest.raises(InputError, match="is an unfinished test set; the command that began it goes on with it"):
@@ -147,6 +155,77 @@ def test_a_folder_with_another_set_is_refused_with_the_difference(
     build_testset(source, output, **SETTINGS)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"holds a test set of other settings: .*{text}.*Name another folder"):
         build_testset(source, output, **{**SETTINGS, **other})  # type: ignore[arg-type]
+
+
+def other_faces_at(folder: Path) -> Path:
+    """Faces of the same names as `faces_at`'s, of which one is another."""
+    (faces_at(folder) / "old" / "003.png").write_bytes(encode_image(blob_faces(9, 40)[8], "png"))
+    return folder
+
+
+def test_other_faces_of_the_same_names_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    source, output = faces_at(tmp_path / "one" / "faces"), tmp_path / "set"
+    build_testset(str(source), str(output), **SETTINGS)  # type: ignore[arg-type]
+    before = contents(output)
+    other = other_faces_at(tmp_path / "two" / "faces")
+    text = "other settings: sources_sha256 '.*' there, '.*' wanted; the sources' names or bytes are not those"
+    with pytest.raises(ConfigError, match=text):
+        build_testset(str(other), str(output), **SETTINGS)  # type: ignore[arg-type]
+    assert contents(output) == before
+    moved = str(faces_at(tmp_path / "three" / "faces"))
+    assert build_testset(moved, str(output), **SETTINGS).digest in before["testset.json"].decode()  # type: ignore[arg-type]
+    assert contents(output) == before
+
+
+def test_a_stopped_build_does_not_go_on_with_other_faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = faces_at(tmp_path / "faces"), tmp_path / "set"
+    stop_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        build_testset(str(source), str(output), **SETTINGS)  # type: ignore[arg-type]
+    before = contents(output)
+    other_faces_at(source)  # in its place
+    with pytest.raises(ConfigError, match="the sources' names or bytes are not those that it is made of"):
+        build_testset(str(source), str(output), **SETTINGS)  # type: ignore[arg-type]
+    assert contents(output) == before
+
+
+def forget_sources(description: Path) -> None:
+    """As earlier versions wrote it."""
+    found = json.loads(description.read_text("utf-8"))
+    del found["settings"]["sources_sha256"]
+    description.write_text(json.dumps(found), "utf-8")
+
+
+@pytest.mark.parametrize("options", [SETTINGS, {"side": SIDE, "framing": "tight", "every": True, "processes": 2}])
+def test_a_finished_set_that_did_not_record_its_sources_is_taken_if_its_originals_are_theirs(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source, output = faces_at(tmp_path / "faces"), tmp_path / "set"
+    built = build_testset(str(source), str(output), **options)
+    forget_sources(output / "testset.json")
+    before = contents(output)
+    assert BuiltTestSet(str(output)).about["digest"] == built.digest
+    assert build_testset(str(source), str(output), **options).digest == built.digest
+    with pytest.raises(ConfigError, match=r"seed 0 there, 1 wanted\. Name another folder"):
+        build_testset(str(source), str(output), **options, seed=1)
+    text = r"did not record .* other originals for 1 of 7: old/003\. .*build the set again"
+    with pytest.raises(ConfigError, match=text):
+        build_testset(str(other_faces_at(source)), str(output), **options)
+    assert contents(output) == before
+
+
+def test_an_unfinished_set_that_did_not_record_its_sources_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = faces_at(tmp_path / "faces"), tmp_path / "set"
+    stop_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        build_testset(str(source), str(output), **SETTINGS)  # type: ignore[arg-type]
+    forget_sources(output / "building.json")
+    before = contents(output)
+    with pytest.raises(ConfigError, match=r"an unfinished test set of an earlier version .* remove this one and build"):
+        build_testset(str(source), str(output), **SETTINGS)  # type: ignore[arg-type]
+    assert contents(output) == before
 
 
 def test_what_was_changed_is_noticed_when_it_is_read(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import logging
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,66 +30,47 @@ from itertools import islice
 from typing import Any
 
 import cv2
-from pydantic import Field, ValidationError
 
 from ldbfr import storage
 from ldbfr.config import check_range
 from ldbfr.degradations import apply, degradation_generator, draw, get_profile
-from ldbfr.errors import ConfigError, InputError, LDBFRError
+from ldbfr.errors import ConfigError, LDBFRError
 from ldbfr.evaluation.framing import Framing, tight_crop
+from ldbfr.evaluation.manifest import (
+    BUILDING_FILE,
+    MANIFEST_FILE,
+    TESTSET_FILE,
+    Description,
+    Digests,
+    ManifestRow,
+    counts_text,
+    differences_of,
+    dumped,
+    read_description,
+    read_rows,
+    row_lines,
+    rows_digest,
+)
 from ldbfr.evaluation.measuring import in_processes, num_cores
+from ldbfr.evaluation.pairing import listed
 from ldbfr.evaluation.png import encode_png
 from ldbfr.evaluation.reading import decode_exactly, pixels_digest
-from ldbfr.evaluation.results import Record
-from ldbfr.evaluation.sources import list_faces, read_faces
-from ldbfr.images import fit_to_side
+from ldbfr.evaluation.sources import Face, faces_digest, list_faces, read_faces
+from ldbfr.images import Pixels, fit_to_side
 from ldbfr.progress import Progress, Tally
 from ldbfr.seeds import derive_seed
 from ldbfr.storage import join
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-TESTSET_FILE, BUILDING_FILE, MANIFEST_FILE = "testset.json", "building.json", "manifest.jsonl"
+SOURCES = "sources_sha256"
+"""The setting that says what the faces hold, see `ldbfr.evaluation.sources.faces_digest`. Sets of earlier versions have
+none."""
 PART = 64
 """Faces whose rows are written together: so much is done again after a stop, at most."""
 PAPER_SPLITS = ("mild", "medium", "severe")
 REPORT_SECONDS = 5.0
 LARGEST_SIDE = 4096
-
-
-class Digests(Record):
-    """SHA-256 in hexadecimal of the low-quality image and of its original."""
-
-    lq: str
-    hq: str
-
-
-class ManifestRow(Record):
-    """A row of the manifest. `lq` and `hq` are paths within the set."""
-
-    name: str
-    split: str
-    lq: str
-    hq: str
-    side: int
-    degradation: dict[str, Any]
-    """`Degradation.from_json` reads it."""
-    sha256: Digests
-    """Of the files."""
-    pixels_sha256: Digests
-    """Of the pixels, see `ldbfr.evaluation.reading.pixels_digest`."""
-
-
-class Description(Record):
-    """What testset.json says; building.json has the same without counts and digest."""
-
-    format: int = FORMAT
-    name: str
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    counts: dict[str, int] = Field(default_factory=dict)
-    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +131,8 @@ def build_testset(
         processes: that degrade and encode; one for every core when left out.
 
     Raises:
-        ConfigError: a setting is impossible, or the folder holds a set of other settings (the text says which).
+        ConfigError: a setting is impossible, or the folder holds a set of other settings or of other faces (the text
+            says which).
         InputError: a face cannot be read; a test set leaves nothing out.
         StorageError: a place cannot be read or written.
     """
@@ -164,8 +146,11 @@ def build_testset(
     faces = list_faces(sources, limit)
     plan = Plan(side, tuple(splits), seed, every, framing, source_framing, len(faces))
     names = [face_name for face_name, _, _ in faces]
-    description = Description(name=name, settings=settings_of(plan, names), versions=versions())
+    settings = {**settings_of(plan, names), SOURCES: faces_digest(faces)}
+    description = Description(name=name, settings=settings, versions=versions())
     if (finished := agreed(description, output)) is not None:
+        if SOURCES not in finished.settings:
+            check_originals(output, plan, faces, processes or num_cores())
         log.info("%s is finished: %s", output, counts_text(finished))
         return finished
     done = finished_parts(output)
@@ -217,50 +202,91 @@ def agreed(wanted: Description, output: str) -> Description | None:
     """The finished set in the folder; None where it is to be made, after building.json is there.
 
     Raises:
-        ConfigError: the folder holds a set of other settings, or an unfinished one of other versions.
+        ConfigError: the folder holds a set of other settings or faces, or an unfinished one of other versions, or one
+            that does not say what its faces hold.
     """
     for file in (TESTSET_FILE, BUILDING_FILE):
         uri = join(output, file)
         if not storage.exists(uri):
             continue
         found = read_description(uri)
-        differences = differences_of(found.settings, wanted.settings)
+        recorded = SOURCES in found.settings
+        expected = {key: value for key, value in wanted.settings.items() if recorded or key != SOURCES}
+        differences = differences_of(found.settings, expected)
         if not differences and file == BUILDING_FILE:
             differences = differences_of(found.versions, wanted.versions)
+        if recorded and found.settings[SOURCES] != wanted.settings[SOURCES]:
+            differences.append("the sources' names or bytes are not those that it is made of")
         if differences:
             raise ConfigError(
                 f"{output} holds a test set of other settings: {'; '.join(differences)}. Name another folder, or "
                 "remove this one"
+            )
+        if file == BUILDING_FILE and not recorded:
+            raise ConfigError(
+                f"{output} holds an unfinished test set of an earlier version of ldbfr, which did not record what its "
+                "faces hold: whether these are the same cannot be told. Name another folder, or remove this one and "
+                "build the set again"
             )
         return found if file == TESTSET_FILE else None
     storage.write_bytes(join(output, BUILDING_FILE), dumped(wanted))
     return None
 
 
-def differences_of(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What two settings differ in, one text for each."""
-    names = [*wanted, *(name for name in found if name not in wanted)]
-    return [
-        f"{name} {found.get(name)!r} there, {wanted.get(name)!r} wanted"
-        for name in names
-        if found.get(name) != wanted.get(name)
-    ]
+def check_originals(output: str, plan: Plan, faces: Sequence[Face], processes: int) -> None:
+    """Whether a finished set that does not say what it was made of has the originals that these faces give.
 
-
-def read_description(uri: str) -> Description:
-    """testset.json or building.json.
+    Every draw follows from the settings, so equal originals make an equal set.
 
     Raises:
-        InputError: it is damaged or of another format.
-        StorageError: it cannot be read.
+        ConfigError: some are others, or cannot be told from others since this machine computes other pixels.
+        InputError, StorageError: a face or the manifest cannot be read.
     """
-    try:
-        found = Description.model_validate_json(storage.read_bytes(uri))
-    except ValidationError as error:
-        raise InputError(f"{uri} is damaged, or of another version of ldbfr ({error}); build the set again") from error
-    if found.format != FORMAT:
-        raise InputError(f"{uri} is of format {found.format}, expected {FORMAT}; use the version that wrote it")
-    return found
+    log.info("%s does not say what its faces held: making %s originals to compare", output, f"{len(faces):,}")
+    known = {row.hq: row.pixels_sha256.hq for row in read_rows(join(output, MANIFEST_FILE))}
+    progress = Progress(Tally(len(faces)), every=REPORT_SECONDS)
+    others = []
+    for name, digest in in_processes(OriginalDigest(plan), read_faces(faces), processes):
+        if known.get(original_key(name)) != digest:
+            others.append(name)
+        progress.tally.restored += 1
+        progress.update()
+    if others:
+        raise ConfigError(
+            f"{output} holds a test set of an earlier version of ldbfr, which did not record what its faces held, and "
+            f"these faces give other originals for {len(others):,} of {len(faces):,}: {listed(others)}. They are other "
+            "faces, or other versions of OpenCV or Pillow decode or resize them otherwise. Name another folder, or "
+            "remove this one and build the set again"
+        )
+
+
+@dataclass(frozen=True)
+class OriginalDigest:
+    """Makes a face's original and says what its pixels are; can be sent to a process."""
+
+    plan: Plan
+
+    def __call__(self, face: tuple[str, bytes]) -> tuple[str, str]:
+        """(name, encoded face) -> (name, digest of the original's pixels)."""
+        name, data = face
+        return name, pixels_digest(original_of(self.plan, name, data))
+
+
+def original_of(plan: Plan, name: str, data: bytes) -> Pixels:
+    """The original that an encoded face gives: decoded, framed and brought to the side, (S, S, 3) uint8.
+
+    Raises:
+        InputError: it cannot be measured exactly.
+    """
+    face = decode_exactly(data, name)
+    if plan.framing != plan.source_framing:
+        face = tight_crop(face)
+    return fit_to_side(face, plan.side)
+
+
+def original_key(name: str) -> str:
+    """Path of a face's original in the set."""
+    return f"hq/{name}.png"
 
 
 class MakeImages:
@@ -273,11 +299,8 @@ class MakeImages:
         """(index, name, encoded face) -> (index, rows)."""
         index, name, data = task
         plan = self.plan
-        face = decode_exactly(data, name)
-        if plan.framing != plan.source_framing:
-            face = tight_crop(face)
-        hq = fit_to_side(face, plan.side)
-        hq_file, hq_key = encode_png(hq), f"hq/{name}.png"
+        hq = original_of(plan, name, data)
+        hq_file, hq_key = encode_png(hq), original_key(name)
         storage.write_bytes(join(self.output, hq_key), hq_file)
         hq_digest, hq_pixels = hashlib.sha256(hq_file).hexdigest(), pixels_digest(hq)
         rows = []
@@ -334,11 +357,6 @@ def write_parts(
         storage.write_bytes(join(output, "parts", f"part-{number:05d}.jsonl"), row_lines(rows))
 
 
-def row_lines(rows: Iterable[ManifestRow]) -> bytes:
-    """A line of JSON for every row."""
-    return "".join(row.model_dump_json() + "\n" for row in rows).encode()
-
-
 def finish(output: str, description: Description) -> Description:
     """Write the manifest from the parts, then testset.json; what was for building only goes."""
     parts = sorted(storage.list_objects(join(output, "parts")), key=lambda info: info.key)
@@ -358,35 +376,3 @@ def finish(output: str, description: Description) -> Description:
     storage.delete(join(output, BUILDING_FILE))
     log.info("%s: %s; digest %s", output, counts_text(finished), finished.digest)
     return finished
-
-
-def read_rows(uri: str) -> list[ManifestRow]:
-    """Rows of a manifest or a part of one.
-
-    Raises:
-        InputError: it is damaged.
-        StorageError: it cannot be read.
-    """
-    try:
-        return [ManifestRow.model_validate_json(line) for line in storage.read_bytes(uri).splitlines()]
-    except ValidationError as error:
-        raise InputError(f"{uri} is damaged ({error}); build the test set again") from error
-
-
-def rows_digest(rows: Iterable[ManifestRow]) -> str:
-    """One SHA-256 for a set: names, draws and pixels, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        line = [row.name, row.degradation, row.pixels_sha256.lq, row.pixels_sha256.hq]
-        digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def dumped(description: Description) -> bytes:
-    """As a file."""
-    return (description.model_dump_json(indent=1) + "\n").encode()
-
-
-def counts_text(description: Description) -> str:
-    """How many images of each split."""
-    return ", ".join(f"{count:,} {split}" for split, count in description.counts.items())

@@ -36,6 +36,7 @@ from ldbfr.evaluation.work import (
     RestoreStep,
     SetStep,
     batches_of,
+    differences_of,
     digest_of,
     read_json,
     splits_of,
@@ -210,7 +211,7 @@ class Evaluation:
         """Record what a restorer's folder is made of.
 
         Raises:
-            ConfigError: it holds what is made of something else.
+            ConfigError: it holds what is made of something else, or of what may be something else; the text says what.
         """
         names = digest_of([[entry.name, entry.split] for entry in entries])
         test_set = self.test_set.about.get("digest", names)
@@ -221,10 +222,9 @@ class Evaluation:
         if known is None:
             write_json(uri, about)
         elif known != about:
-            keys = [key for key in about if known.get(key) != about[key]]
             raise ConfigError(
-                f"{self.output} has results of {restorer.name} with another {' and '.join(keys)}: name another "
-                "--output, or take that folder away"
+                f"{self.output} has results of {restorer.name} with {' and '.join(differences_of(known, about))}: name "
+                "another --output, or take that folder away"
             )
 
     def measure_step(self, restorer: str) -> MeasureStep:

@@ -25,17 +25,16 @@ import numpy as np
 from ldbfr import storage
 from ldbfr.config import Preset, SchedulerName, parse_preset
 from ldbfr.errors import ConfigError, InputError, WeightsError
+from ldbfr.evaluation.pairing import listed
 from ldbfr.evaluation.reading import read_image
 from ldbfr.evaluation.results import Entry, Restorer
 from ldbfr.images import IMAGE_SUFFIXES, Pixels, resize
 from ldbfr.places import absolute
+from ldbfr.storage import ObjectInfo
 from ldbfr.weights import PRESET_FILE, find_weights, manifest_digest, read_manifest
 
 if TYPE_CHECKING:
     from ldbfr.pipeline import LDBFRPipeline
-
-_LISTED = 3
-"""Names that an error gives as examples."""
 
 
 class InputItself:
@@ -254,23 +253,31 @@ class FolderRestorer:
         """Place of each image, by name.
 
         Raises:
-            InputError: there are none, or some are not PNG.
+            InputError: there are none, some are not PNG, or two have one name.
         """
-        found, other = {}, []
+        found: dict[str, ObjectInfo] = {}
+        other, doubled = [], []
         for file in storage.list_objects(self.folder):
             stem, dot, suffix = file.key.rpartition(".")
             if dot and suffix.lower() == "png":
-                found[stem] = file.uri
+                if stem in found:
+                    doubled.append(f"{stem} ({found[stem].key} and {file.key})")
+                found[stem] = file
             elif dot and f".{suffix.lower()}" in IMAGE_SUFFIXES:
                 other.append(file.key)
         if other:
             raise InputError(
-                f"{self.name}: {self.folder} has {len(other):,} images that are not PNG ({examples(other)}): a lossy "
+                f"{self.name}: {self.folder} has {len(other):,} images that are not PNG ({listed(other)}): a lossy "
                 "format would be measured along with the method; let the method write PNG"
+            )
+        if doubled:
+            raise InputError(
+                f"{self.name}: {self.folder} has {len(doubled):,} names twice, so nobody knows which file is the "
+                f"result: {listed(doubled)}; remove one of each"
             )
         if not found:
             raise InputError(f"{self.name}: {self.folder} has no PNG files: give the folder of the method's results")
-        return found
+        return {name: file.uri for name, file in found.items()}
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -291,11 +298,11 @@ class FolderRestorer:
         if missing:
             raise InputError(
                 f"{self.name}: {self.folder} has no result for {len(missing):,} of {len(wanted):,} images "
-                f"({examples([f'{name}.png' for name in missing])}): run the method on the test set's lq/ folder"
+                f"({listed([f'{name}.png' for name in missing])}): run the method on the test set's lq/ folder"
             )
         if more:
             raise InputError(
-                f"{self.name}: {self.folder} has {len(more):,} images that are not in the test set ({examples(more)}): "
+                f"{self.name}: {self.folder} has {len(more):,} images that are not in the test set ({listed(more)}): "
                 "it may be of another one; take them away"
             )
 
@@ -318,11 +325,6 @@ class FolderRestorer:
                 )
             images.append(image)
         return images
-
-
-def examples(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
 
 
 # ---- from texts ----

@@ -51,7 +51,8 @@ class TestSetCommand:
 
     def __call__(self) -> int:
         """Build, print what is there; exit code 0."""
-        from ldbfr.evaluation.building import build_testset, counts_text
+        from ldbfr.evaluation.building import build_testset
+        from ldbfr.evaluation.manifest import counts_text
 
         built = build_testset(
             self.source,

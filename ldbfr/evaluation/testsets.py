@@ -9,12 +9,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from ldbfr import storage
 from ldbfr.degradations import Degradation
 from ldbfr.errors import ConfigError, InputError
-from ldbfr.evaluation.building import (
+from ldbfr.evaluation.digests import file_digests, named_digest
+from ldbfr.evaluation.manifest import (
     MANIFEST_FILE,
     TESTSET_FILE,
     ManifestRow,
@@ -139,7 +141,8 @@ class PairedFolders:
 
     def __init__(self, lq: str, hq: str) -> None:
         self.lq, self.hq = lq, hq
-        pairs = pair(ImageFiles.of(lq), ImageFiles.of(hq))
+        self._files = (ImageFiles.of(lq), ImageFiles.of(hq))
+        pairs = pair(*self._files)
         self.entries: Sequence[Entry] = tuple(
             Entry(name=name, split=NO_SPLITS, lq=low, hq=high) for name, low, high in pairs
         )
@@ -149,10 +152,27 @@ class PairedFolders:
         """The folders' places."""
         return f"{self.lq} with {self.hq} ({len(self.entries):,} images)"
 
+    @cached_property
+    def digest(self) -> str:
+        """One SHA-256 of the names and of what both files of each hold, so that an output is not gone on with when
+        other files have come under the same names. All of them are read for it, once.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        names = [entry.name for entry in self.entries]
+        low, high = (file_digests(one.place, [one.files[name] for name in names]) for one in self._files)
+        return named_digest((name, lq + hq) for name, lq, hq in zip(names, low, high, strict=True))
+
     @property
     def about(self) -> dict[str, Any]:
-        """Places, count, and a digest of the names; what the files hold is not digested."""
-        return {"lq": self.lq, "hq": self.hq, "counts": {NO_SPLITS: len(self.entries)}, **names_of(self.entries)}
+        """Places, count, a digest of the names, and one of what the files hold.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        places = {"lq": self.lq, "hq": self.hq, "counts": {NO_SPLITS: len(self.entries)}}
+        return {**places, **names_of(self.entries), "digest": self.digest}
 
     def read(self, entry: Entry) -> tuple[Pixels, Pixels | None]:
         """The low-quality image and its original.
@@ -215,10 +235,26 @@ class PlainFolder:
         """Its title and how many images it has."""
         return f"{self.title} ({len(self.entries):,} images)"
 
+    @cached_property
+    def digest(self) -> str:
+        """One SHA-256 of the names and of what each file holds, as that of `PairedFolders`.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        names = [entry.name for entry in self.entries]
+        digests = file_digests(self.place, [self.files[name] for name in names])
+        return named_digest(zip(names, digests, strict=True))
+
     @property
     def about(self) -> dict[str, Any]:
-        """Place, count, and a digest of the names; what the files hold is not digested."""
-        return {"place": self.place, "counts": {NO_SPLITS: len(self.entries)}, **names_of(self.entries)}
+        """Place, count, a digest of the names, and one of what the files hold.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        place = {"place": self.place, "counts": {NO_SPLITS: len(self.entries)}}
+        return {**place, **names_of(self.entries), "digest": self.digest}
 
     def read(self, entry: Entry) -> tuple[Pixels, Pixels | None]:
         """The image, and None.

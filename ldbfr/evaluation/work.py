@@ -102,6 +102,38 @@ def read_json(uri: str) -> Any:
     return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
+def differences_of(known: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """What two records of what a restorer's folder is made of (about.json) differ in, one text for each part."""
+    texts = []
+    for key in [key for key in {**about, **known} if known.get(key) != about.get(key)]:
+        there: Any = known.get(key)
+        here: Any = about.get(key)
+        if key == "restorer" and isinstance(there, dict):
+            names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+            own = "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
+            texts.append(f"another restorer ({own})")
+        elif key == "test_set" and known.get("images") == about["images"]:
+            texts.append(f"another test_set ({same_names(there, here, about['images'])})")
+        elif key == "images":
+            texts.append("other images (by their names or splits, or by --limit)")
+        else:
+            texts.append(f"another {key} ({there} there, {here} here)")
+    return texts
+
+
+def same_names(there: str | None, here: str, names: str) -> str:
+    """Why two test sets with images of the same names are two, from their digests and that of the names.
+
+    Before folders had digests, the digest of the names stood for them.
+    """
+    if there == names:
+        return (
+            "an earlier version of ldbfr recorded only the images' names, which are the same; nobody knows whether the "
+            "files are"
+        )
+    return f"its images have the same names, but the files are others: digest {there} there, {here} here"
+
+
 @dataclass(frozen=True)
 class RestoreStep:
     """Restores batches."""
