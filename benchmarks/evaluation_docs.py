@@ -8,6 +8,7 @@ choice of a step budget where there is one beside it. `write` fills what stands 
 
     <!-- table evaluation-faces_128-val mild -->   scores of a split; "; "-separated restorers may follow
     <!-- reason step-budget-faces_128 -->          which default follows, and why
+    <!-- speed evaluation-speed -->                how fast benchmarks/evaluation.py measured
     <!-- end -->
 
 A test holds the documents against the results.
@@ -33,7 +34,7 @@ from ldbfr.evaluation.results import Results
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCUMENTS = ("docs/evaluation.md", "ldbfr/pretrained/faces_128/README.md")
-MARKER = re.compile(r"<!-- (table|reason) ([^ ]+) ?(.*?) -->\n.*?<!-- end -->", re.DOTALL)
+MARKER = re.compile(r"<!-- (table|reason|speed) (\S+) ?([^\n]*?) ?-->\n.*?<!-- end -->", re.DOTALL)
 _PLACES = re.compile(r"(?<![\w.])(/[\w.@+-]+){2,}/?")
 """Absolute paths."""
 
@@ -98,11 +99,23 @@ def part(kind: str, name: str, rest: str) -> str:
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         raise InputError(f"{path} is not there: make it with `python benchmarks/evaluation_docs.py keep`")
+    if kind == "speed":
+        return speed(json.loads(path.read_text("utf-8")))
     results = Results.model_validate_json(path.read_text("utf-8"))
     if kind == "reason":
         return str(results.settings["choice"]["reason"])
     split, _, only = rest.partition(" ")
     return scores_table(results, split, only.split("; ") if only else ())
+
+
+def speed(found: dict[str, Any]) -> str:
+    """What benchmarks/evaluation.py measured, in a sentence."""
+    many, few, machine = found["all"], found["few"], found["machine"]
+    return (
+        f"{found['what']}, on {machine['cores']} cores ({machine['cpu']}): {many['seconds'] / 60:.1f} minutes, "
+        f"{found['milliseconds a pair']:.0f} ms a pair. Peak memory of all processes {many['peak MiB']:,.0f} MiB, "
+        f"{found['peak memory of all, as a share of few']:.2f} times that of {few['pairs']:,} pairs."
+    )
 
 
 def main() -> None:

@@ -53,4 +53,6 @@ def test_places_are_cut_and_addresses_are_not() -> None:
 def test_a_marker_without_results_is_an_error_in_words() -> None:
     with pytest.raises(InputError, match=r"nowhere\.json is not there"):
         filled("<!-- table nowhere all -->\n<!-- end -->")
+    two = "<!-- reason nowhere -->\n<!-- end -->\n\n<!-- table b all x; y -->\n<!-- end -->"
+    assert [found.groups() for found in MARKER.finditer(two)] == [("reason", "nowhere", ""), ("table", "b", "all x; y")]
     assert filled("nothing is marked") == "nothing is marked"
