@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def machine() -> dict[str, object]:
     return about
 
 
+@cache
 def kind_of_machine() -> str:
     """The same in a line, without what two machines of a kind differ in: what a number may depend on."""
     about = machine()
