@@ -192,15 +192,16 @@ class Lease:
 
     def _renew(self) -> None:
         started = _now()
-        if self._lapsed(started):  # somebody may be about to take the next generation: one of us gets it
-            if not self._take(self.generation + 1):
+        if not self._lapsed(started):
+            self.record.counter += 1
+            storage.write_bytes(self._uri(self.generation), self.record.to_bytes())
+            if self._newest() > self.generation:
                 raise LeaseLostError(self._taken_over())
-            return
-        self.record.counter += 1
-        storage.write_bytes(self._uri(self.generation), self.record.to_bytes())
-        if self._newest() > self.generation:
+            if not self._lapsed(_now()):  # else this took so long that `check` has given the lease up meanwhile
+                self._renewed = started
+                return
+        if not self._take(self.generation + 1):  # somebody may be about to take it: one of us gets it
             raise LeaseLostError(self._taken_over())
-        self._renewed = started
 
     def _taken_over(self) -> str:
         """Who has it now, as an error's text."""

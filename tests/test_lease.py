@@ -477,6 +477,24 @@ def test_a_holder_that_cannot_renew_stops_in_time_and_goes_on_if_nobody_came(
             acquire(s3_root)
 
 
+def test_a_renewal_that_came_too_late_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It arrives, but after others may have given the holder up: that has to win the next generation too."""
+    write, slow = storage.write_bytes, threading.Event()
+
+    def write_slowly(uri: str, data: bytes) -> None:
+        if slow.is_set():
+            slow.clear()
+            time.sleep(2.5)
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", write_slowly)
+    with Lease.acquire(str(tmp_path), "x", 1.0, 4.0) as lease:
+        slow.set()  # a renewal that starts at 1 s arrives at 3.5 s, and at 3 s the holder stops counting itself as one
+        wait_until(lambda: not holds(lease))
+        wait_until(lambda: holds(lease))
+        assert lease.generation == 2
+
+
 @pytest.mark.s3
 def test_a_holder_that_was_cut_off_does_not_take_back_what_another_took(
     faulty_s3: FaultyProxy, s3_root: str, s3_endpoint: str, start: Callable[..., Process]
