@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ldbfr.cli import main
 from ldbfr.config import load_preset
 from ldbfr.evaluation.building import build_testset
-from ldbfr.evaluation.results import Measure, Results, Score
+from ldbfr.evaluation.engine import score_of
+from ldbfr.evaluation.results import Entry, Measure, Results, Row
 from ldbfr.images import encode_image
 from ldbfr.studies.ablations import members
 from ldbfr.studies.charts import Curve, Point, chart
@@ -208,72 +209,106 @@ SHARPNESS = Measure(name="sharpness", label="Sharpness", better="nearer to 1", p
 PSNR = Measure(name="psnr", label="PSNR", better="higher", protocol="a formula")
 
 
-def results_of(**scores: dict[str, tuple[float, float, float]]) -> Results:
-    """Results with means and intervals over all images."""
-    return Results(
+def measured(**values: dict[str, list[float]]) -> tuple[Results, list[Row]]:
+    """Results and rows of restorers, from a measure's number on each image; every two images are of a split."""
+    rows = [
+        Row(name, entry(place), {measure: numbers[place] for measure, numbers in own.items()})
+        for name, own in values.items()
+        for place in range(len(next(iter(own.values()))))
+    ]
+    scores = {}
+    for name, own in values.items():
+        mine = [row for row in rows if row.restorer == name]
+        scores[name] = {"all": {measure: score_of(mine, measure, len(mine), 0) for measure in own}}
+    results = Results(
         test_set={},
-        restorers={name: {} for name in scores},
+        restorers={name: {} for name in values},
         measures=(IDENTITY, LANDMARKS, SHARPNESS, PSNR),
-        scores={
-            name: {
-                "all": {
-                    key: Score(mean=mean, low=low, high=high, num_images=9) for key, (mean, low, high) in own.items()
-                }
-            }
-            for name, own in scores.items()
-        },
+        scores=scores,
         settings={},
         versions={},
         machine={},
     )
+    return results, rows
 
 
-def test_the_fewest_steps_within_the_best_s_interval_are_chosen() -> None:
-    results = results_of(
-        one={"identity": (0.60, 0.58, 0.62), "landmarks": (2.0, 1.9, 2.1), "psnr": (30, 29, 31)},
-        two={"identity": (0.52, 0.50, 0.54), "landmarks": (1.9, 1.8, 2.0), "psnr": (20, 19, 21)},
-        eight={"identity": (0.51, 0.49, 0.53), "landmarks": (1.85, 1.7, 2.0), "psnr": (10, 9, 11)},
+def entry(place: int) -> Entry:
+    """One image of a test set."""
+    split = ("mild", "medium", "severe")[place // 2]
+    return Entry(name=f"{split}/{place:06d}", split=split, lq="lq.png")
+
+
+def test_the_fewest_steps_that_miss_the_best_by_no_more_than_the_margins_are_chosen() -> None:
+    results, rows = measured(
+        one={"identity": [0.50, 0.56], "landmarks": [1.90, 1.90], "psnr": [30, 30]},
+        two={"identity": [0.49, 0.545], "landmarks": [1.90, 1.95], "psnr": [20, 20]},
+        eight={"identity": [0.47, 0.53], "landmarks": [1.85, 1.85], "psnr": [10, 10]},
     )
-    choice = choose(results, {"one": ("ddim", 1), "two": ("ddim", 2), "eight": ("ddim", 8)})
+    choice = choose(results, rows, {"one": ("ddim", 1), "two": ("ddim", 2), "eight": ("ddim", 8)})
     assert choice is not None
-    assert choice.name == "two"  # 0.52 <= 0.53 and 1.9 <= 2.0; PSNR is not asked
-    assert choice.passed == {
-        "one": ("landmarks",),
-        "two": ("identity", "landmarks"),
-        "eight": ("identity", "landmarks"),
-    }
+    assert choice.name == "two"  # PSNR is not asked
+    passed = {name: [key for key, found in own.items() if found.within] for name, own in choice.differences.items()}
+    assert passed == {"one": ["landmarks"], "two": ["identity", "landmarks"], "eight": ["identity", "landmarks"]}
+    assert choice.differences["two"]["identity"].mean == pytest.approx(0.0175)
     assert "every measure of those that judge (identity, landmarks)" in choice.reason
     assert "ddim with 2 steps" in choice.reason
 
 
-def test_where_no_number_is_as_good_in_everything_the_most_counts_and_it_is_said() -> None:
-    results = results_of(
-        one={"identity": (0.40, 0.39, 0.41), "landmarks": (3.0, 2.9, 3.1)},
-        two={"identity": (0.60, 0.59, 0.61), "landmarks": (1.0, 0.9, 1.1)},
+def test_differences_are_of_the_same_images_however_much_these_differ_among_themselves() -> None:
+    """Intervals of the means overlap widely here, and yet every image says the same."""
+    base = [0.1, 0.9, 0.3, 0.7, 0.2, 0.8]
+    results, rows = measured(
+        one={"identity": [value + 0.03 for value in base]}, two={"identity": [value + 0.01 for value in base]},
+        four={"identity": base},
+    )  # fmt: skip
+    choice = choose(results, rows, {"one": ("ddim", 1), "two": ("ddim", 2), "four": ("ddim", 4)})
+    assert choice is not None
+    assert results.scores["one"]["all"]["identity"].low < results.scores["four"]["all"]["identity"].mean
+    assert choice.name == "two"
+    one = choice.differences["one"]["identity"]
+    assert (one.low, one.mean, one.high) == pytest.approx((0.03, 0.03, 0.03))
+    assert one.sure
+
+
+def test_too_few_images_to_be_sure_are_named() -> None:
+    results, rows = measured(
+        one={"identity": [0.5, 0.6, 0.5, 0.6, 0.5, 0.6]}, two={"identity": [0.4, 0.7, 0.4, 0.7, 0.4, 0.6]}
     )
-    choice = choose(results, {"one": ("ddpm", 1), "two": ("ddpm", 2)})
+    choice = choose(results, rows, {"one": ("ddim", 1), "two": ("ddim", 2)})
+    assert choice is not None
+    assert choice.name == "one"
+    assert choice.reason.count("within the margin of 0.02, which so few images cannot say for sure") == 1
+
+
+def test_where_no_number_is_as_good_in_everything_the_most_counts_and_it_is_said() -> None:
+    results, rows = measured(
+        one={"identity": [0.40, 0.41], "landmarks": [3.0, 3.1]}, two={"identity": [0.60, 0.61], "landmarks": [1.0, 1.1]}
+    )
+    choice = choose(results, rows, {"one": ("ddpm", 1), "two": ("ddpm", 2)})
     assert choice is not None
     assert choice.name == "one"
     assert "1 of 2 measures (none is in more)" in choice.reason
-    assert "outside the best's interval" in choice.reason
+    assert "beyond the margin of 0.1" in choice.reason
 
 
 def test_more_than_1_is_as_bad_as_less_where_1_is_best() -> None:
-    results = results_of(
-        one={"sharpness": (1.19, 1.1, 1.3)}, two={"sharpness": (0.85, 0.8, 0.9)}, four={"sharpness": (1.0, 0.8, 1.1)}
+    results, rows = measured(
+        one={"sharpness": [1.2, 1.2]}, two={"sharpness": [0.9, 1.0]}, four={"sharpness": [1.08, 0.90]}
     )
-    choice = choose(results, {"one": ("ddim", 1), "two": ("ddim", 2), "four": ("ddim", 4)})
+    choice = choose(results, rows, {"one": ("ddim", 1), "two": ("ddim", 2), "four": ("ddim", 4)})
     assert choice is not None
-    assert choice.passed == {"one": (), "two": ("sharpness",), "four": ("sharpness",)}
+    found = {name: own["sharpness"] for name, own in choice.differences.items()}
+    assert [found[name].mean for name in ("one", "two", "four")] == pytest.approx([0.19, 0.04, 0.0])
+    assert choice.name == "two"
 
 
 def test_of_equal_steps_the_fastest_is_chosen_and_nothing_where_nothing_judges() -> None:
-    score = {"identity": (0.5, 0.4, 0.6)}
-    results = results_of(a=score, b=score).model_copy(update={"seconds": {"a": 2.0, "b": 1.0}})
-    choice = choose(results, {"a": ("ddim", 4), "b": ("unipc", 4)})
+    results, rows = measured(a={"identity": [0.5, 0.6]}, b={"identity": [0.5, 0.6]})
+    results = results.model_copy(update={"seconds": {"a": 2.0, "b": 1.0}})
+    choice = choose(results, rows, {"a": ("ddim", 4), "b": ("unipc", 4)})
     assert choice is not None
     assert choice.name == "b"
-    assert choose(results_of(a={"psnr": (1, 0, 2)}), {"a": ("ddim", 4)}) is None
+    assert choose(*measured(a={"psnr": [1.0, 2.0]}), {"a": ("ddim", 4)}) is None
 
 
 means = st.floats(-1e4, 1e4) | st.just(math.inf)

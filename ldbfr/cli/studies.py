@@ -151,8 +151,8 @@ class Ablations(TestSetRequest):
 class StepBudget(TestSetRequest):
     """Quality against the number of steps and the scheduler, with the time of an image; and the default that follows.
 
-    The grid is restored and measured as by `ldbfr evaluate`, drawn as curves, and the fewest steps are picked that are
-    as good as the best, with the reason. The same command goes on where it was stopped.
+    The grid is restored and measured as by `ldbfr evaluate`, drawn as curves, and the fewest steps are picked that
+    miss the best by no more than a margin, with the reason. The same command goes on where it was stopped.
 
         ldbfr step-budget testsets/val --output evaluations/steps --limit 50
         ldbfr step-budget testsets/val --output evaluations/ddpm --schedulers ddpm --steps 16 50 200

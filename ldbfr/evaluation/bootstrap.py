@@ -33,8 +33,10 @@ def bootstrap_means(values: Numbers, resamples: int = RESAMPLES, seed: int = 0) 
     return np.concatenate(means)
 
 
-def interval(strata: Sequence[Numbers], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The bootstrap 95 % interval of the mean of all finite numbers, of which each stratum is drawn from by itself.
+def stratified_means(strata: Sequence[Numbers], resamples: int = RESAMPLES, seed: int = 0) -> Numbers:
+    """The means over all strata of `resamples` draws, each stratum drawn from by itself: (resamples,) float64.
+
+    Two sets of strata of the same sizes are drawn alike, so that what is drawn of one may be compared with the other's.
 
     Args:
         strata: (n,) arrays, whose sizes were fixed when the images were chosen, such as a test set's splits: what
@@ -47,6 +49,16 @@ def interval(strata: Sequence[Numbers], resamples: int = RESAMPLES, seed: int = 
     for number, values in enumerate(strata):
         own = seed if len(strata) == 1 else derive_seed(seed, "stratum", number)
         means += bootstrap_means(values, resamples, own) * (len(values) / count)
+    return means
+
+
+def central(draws: Numbers) -> tuple[float, float]:
+    """The ends between which 95 % of the draws lie, with as many below as above."""
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(draws, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def interval(strata: Sequence[Numbers], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the mean of all finite numbers; arguments as of `stratified_means`."""
+    return central(stratified_means(strata, resamples, seed))

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ldbfr.evaluation.results import Measure, Results, Score
 from ldbfr.evaluation.work import ALL
+
+Value = TypeVar("Value", float, NDArray[np.float64])
 
 _ARROWS = {"higher": "↑", "lower": "↓", "nearer to 1": "→ 1"}
 
@@ -31,8 +37,8 @@ def span(score: Score) -> str:
     return "" if score.low is None or score.high is None else f"{number(score.low)}–{number(score.high)}"
 
 
-def distance(value: float, measure: Measure) -> float:
-    """How far from the best there could be: smaller is better."""
+def distance(value: Value, measure: Measure) -> Value:
+    """How far from the best there could be, of a number or of each in an array: smaller is better."""
     if measure.better == "nearer to 1":
         return abs(value - 1)
     return value if measure.better == "lower" else -value

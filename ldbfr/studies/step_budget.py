@@ -17,7 +17,7 @@ from ldbfr.evaluation.results import Restorer, Results
 from ldbfr.evaluation.work import ALL
 from ldbfr.pages import text
 from ldbfr.studies.charts import Curve, Point, chart, legend
-from ldbfr.studies.choice import Choice, choose
+from ldbfr.studies.choice import RULE, Choice, choose
 
 STEPS = (1, 2, 4, 8, 16, 50)
 SCHEDULERS: tuple[SchedulerName, ...] = ("dpm_solver", "ddim", "ddpm", "unipc")
@@ -64,8 +64,8 @@ def study(
     """Evaluate the grid, draw the curves and pick a default; results, the pick, and the place of report.html."""
     results = evaluation(execution)
     candidates = candidates_of(steps, schedulers)
-    choice = choose(results, candidates)
     rows = evaluation.all_rows()
+    choice = choose(results, rows, candidates)
     main = choice.name if choice is not None else next(iter(candidates))
     scheduler = candidates[main][0]
     names = ["input", FIRST_STAGE, *(name for name, (own, _) in candidates.items() if own == scheduler)]
@@ -87,14 +87,10 @@ def write_choice(output: str, record: dict[str, Any]) -> None:
 def choice_section(choice: Choice | None) -> Section:
     """Which default follows, and why."""
     said = "Nothing was measured that could judge a number of steps." if choice is None else choice.reason
-    rule = (
-        "The rule: the fewest steps whose means are within the 95 % interval of the best in every measure that judges, "
-        "over all images; of several, the fastest."
-    )
     title = "The default that follows"
     return Section(
-        f"<section><h2>{title}</h2><p>{text(rule)}</p><p><strong>{text(said)}</strong></p></section>",
-        f"## {title}\n\n{rule}\n\n**{said}**",
+        f"<section><h2>{title}</h2><p>{text(RULE)}</p><p><strong>{text(said)}</strong></p></section>",
+        f"## {title}\n\n{RULE}\n\n**{said}**",
     )
 
 
