@@ -8,6 +8,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SLOW := slow
+# For the tests that need no Ray and no browser; those of Ray take all cores by themselves, and go one after the other.
+PROCESSES := 2
 EXTRAS := ray,serve,client,data,s3,launcher,lpips,identity,metrics,mlflow,wandb,demo,test,dev
 
 # What an active environment leaves behind must not reach ours.
@@ -24,7 +26,10 @@ demo: $(READY) ## restore degraded faces on this machine and write the results t
 	@$(PYTHON) jobs/demo.py --output demo-output
 
 test: $(READY) ## the quick suite, Ray and S3 included
-	@$(PYTHON) -m pytest -m "not slow"
+	@status=0; \
+	$(PYTHON) -m pytest -m "not slow and not ray and not browser" -n $(PROCESSES) --dist loadfile || status=1; \
+	$(PYTHON) -m pytest -m "not slow and (ray or browser)" || status=1; \
+	exit $$status
 
 test-slow: $(READY) ## the tests that take minutes
 	@$(PYTHON) -m pytest -m "$(SLOW)"
