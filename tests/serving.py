@@ -49,6 +49,7 @@ class FakeRestorer:
         error: raised instead of a result.
         error_after: steps of a stream before the error.
         is_ready: what `ready` says.
+        faces: what it finds in every photo.
         stubborn: whether it ignores its cancellation, and its deadline, until `release` is set.
     """
 
@@ -56,6 +57,7 @@ class FakeRestorer:
     error: Exception | None = None
     error_after: int = 0
     is_ready: bool = True
+    faces: list[dict[str, Any]] = field(default_factory=lambda: [FACE, LEFT_ALONE])
     stubborn: bool = False
     steps: int = 4
     started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -74,10 +76,10 @@ class FakeRestorer:
         return ModelInfo("fake_64", 64, "ffhq", DIGEST, {"steps": self.steps, "condition_scale": 1.0}, "Apache-2.0")
 
     async def find(self, data: bytes, deadline: float) -> Found:
-        """One face that would be restored, and one that would not."""
+        """The same faces for every photo: unless told, one that would be restored and one that would not."""
         await self._work(None, 1)
         pixels = decode_image(data, name="the upload")
-        return Found(pixels.shape[1], pixels.shape[0], [FACE, LEFT_ALONE])
+        return Found(pixels.shape[1], pixels.shape[0], self.faces)
 
     async def restore(self, data: bytes, options: RestorationOptions, deadline: float) -> Restored:
         """The inverted image."""
@@ -121,7 +123,7 @@ class FakeRestorer:
             pixels.shape[0],
             options.seed,
             DIGEST,
-            faces=[FACE, LEFT_ALONE] if options.mode == "photo" else [],
+            faces=self.faces if options.mode == "photo" else [],
             samples=[image] * options.samples if several else [],
             uncertainty=encode_image(pixels, "png") if several else None,
             timings=dict.fromkeys(("decode", "detect", "queue", "model", "paste", "encode"), 0.001),

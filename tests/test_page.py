@@ -138,9 +138,11 @@ def test_another_photo_ends_what_goes_on(page: Page) -> None:
     with opened(page, restorer) as view:
         view.choose()
         view.at("film").wait_for(state="hidden")
-        assert restorer.started.acquire(timeout=5)
+        for _ in ("the faces", "the restoration"):
+            assert restorer.started.acquire(timeout=20)
         restorer.seconds = 0
         view.choose(name="second.png")
+        page.get_by_role("heading", name="second.png").wait_for()
         view.restored()
         assert restorer.cancelled.acquire(timeout=5)
         assert view.at("photo-name").inner_text() == "second.png"
@@ -334,8 +336,7 @@ def test_settings_are_sent_and_what_is_left_alone_is_not(page: Page) -> None:
 
 
 def test_a_photo_without_faces_can_be_one_aligned_face(page: Page) -> None:
-    with opened(page) as view:
-        page.route("**/v1/faces", lambda route: route.fulfill(json={"width": WIDE, "height": HIGH, "faces": []}))
+    with opened(page, FakeRestorer(faces=[])) as view:
         view.choose()
         view.restored()
         assert "No face was found." in view.at("face-line").inner_text()
