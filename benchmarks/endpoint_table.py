@@ -35,7 +35,8 @@ def load_lines(load: dict[str, Any]) -> Iterator[str]:
     machine = load["machine"]
     saturated = load["endpoint at saturation, images/s"]
     yield (
-        f"Aligned faces, `{load['weights']}`, {machine['cores']} cores ({machine['cpu']}), client on the same cores; "
+        f"Aligned faces, `{load['weights']}`, {load['steps']} steps, "
+        f"{machine['cores']} cores ({machine['cpu']}), client on the same cores; "
         f"{load['copies of the model']} copies of the model in batches of {load['batch size']}, "
         f"deadline {load['deadline, s']:g} s:"
     )

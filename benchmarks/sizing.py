@@ -90,10 +90,11 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def rates(found: dict[str, dict[str, Any]]) -> Iterator[Rate]:
     """Everything that was measured of restoring, the whole way first."""
     if through := found.get("archive", {}).get("throughput"):
-        what = f"`jobs/restore.py`, aligned faces, `{through['weights']}`: read, restored, written"
+        weights = f"`{through['weights']}`, {through['steps']} steps"
+        what = f"`jobs/restore.py`, aligned faces, {weights}: read, restored, written"
         yield Rate(what, through["job after its first units, images/s"], through["machine"], "archive.json")
     if "endpoint at saturation, images/s" in (load_test := found.get("endpoint", {}).get("load", {})):
-        what = f"endpoint at saturation, aligned faces, `{load_test['weights']}`"
+        what = f"endpoint at saturation, aligned faces, `{load_test['weights']}`, {load_test['steps']} steps"
         yield Rate(what, load_test["endpoint at saturation, images/s"], load_test["machine"], "endpoint.json")
     if photo := found.get("photos"):
         parts = ("decode", "find the faces, one thread", "align, restore and put back", "encode")
