@@ -17,14 +17,14 @@ MARGINS: Mapping[str, float] = {
     "lpips-squeeze": 0.01,
     "identity": 0.02,
     "landmarks": 0.1,
-    "sharpness": 0.05,
+    "sharpness": 0.06,
 }
 """The measures that judge, those of what the diffusion is for, and by how much a candidate may miss the best in each.
 
 What is too little to be worth a user's time is our decision. Between published methods lie some hundredths of LPIPS;
 0.02 is a thirtieth of the identity distance at which dlib parts two people, 0.1 pixels of 128 are a thousandth of the
-face's width, and 0.05 is a twentieth of the original's sharpness. PSNR and SSIM are not asked: they always prefer fewer
-steps, for every step adds detail that may be a pixel off.
+face's width, and 0.06 is a tenth of the least sharpness that the reference weights had to reach, 0.6 of the original's.
+PSNR and SSIM are not asked: they always prefer fewer steps, for every step adds detail that may be a pixel off.
 """
 
 RULE = (
