@@ -5,6 +5,7 @@ The environment is set before anything imports ray or diffusers, because both re
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ os.environ.update(
     ATEN_CPU_CAPABILITY="avx2",
     MKL_CBWR="AVX2",
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background job; what is started inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
