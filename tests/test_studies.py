@@ -277,7 +277,7 @@ def test_too_few_images_to_be_sure_are_named() -> None:
     choice = choose(results, rows, {"one": ("ddim", 1), "two": ("ddim", 2)})
     assert choice is not None
     assert choice.name == "one"
-    assert choice.reason.count("within the margin of 0.02, which so few images cannot say for sure") == 1
+    assert choice.reason.count("within the margin of 0.02, though 6 images cannot make sure of it") == 1
 
 
 def test_where_no_number_is_as_good_in_everything_the_most_counts_and_it_is_said() -> None:

@@ -143,11 +143,12 @@ def explain(
         if bests[one.name] == chosen:
             text += ", which is the best."
             continue
+        doubt = f", though {columns[one.name][chosen].num_images} images cannot make sure of it"
         text += (
             f", worse than the best ({other}, {count_of(count)}: {number(columns[one.name][bests[one.name]].mean)}) by "
             f"{number(missed.mean)} [{number(missed.low)} to {number(missed.high)}], "
             f"{'within' if missed.within else 'beyond'} the margin of {missed.margin:g}"
-            f"{'' if missed.sure else ', which so few images cannot say for sure'}."
+            f"{'' if missed.sure else doubt}."
         )
     if chosen in results.seconds:
         slowest = max(results.seconds.get(name, 0.0) for name in candidates)
@@ -158,5 +159,5 @@ def explain(
 
 
 def count_of(steps: int) -> str:
-    """ "1 step", "2 steps"."""
+    """In words: "2 steps"."""
     return f"{steps} {'step' if steps == 1 else 'steps'}"
