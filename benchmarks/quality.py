@@ -187,7 +187,8 @@ def restorations(args: Quality, pipeline: LDBFRPipeline, lq: np.ndarray) -> Iter
         started = time.perf_counter()
         parts = [lq[i : i + args.batch_size] for i in range(0, len(lq), args.batch_size)]
         images = [pipeline(part, num_inference_steps=steps, start_step=start, seed=args.seed).images for part in parts]
-        name = f"restored, {steps} steps from {start}" if steps else "first stage"
+        count = "1 step" if steps == 1 else f"{steps} steps"
+        name = f"restored, {count} from {start}" if steps else "first stage"
         yield name, np.concatenate(images), (time.perf_counter() - started) / len(lq)
 
 
