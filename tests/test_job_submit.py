@@ -32,7 +32,7 @@ from tests.archiving import manifest, outputs, png, put_files
 from tests.conftest import REPOSITORY
 
 RAY = str(Path(sys.executable).with_name("ray"))
-START_SECONDS, JOB_SECONDS = 90, 180
+START_SECONDS, JOB_SECONDS = 90, 240
 
 MARK = """
 
@@ -236,6 +236,7 @@ def test_an_archive_goes_from_bucket_to_bucket_by_an_uploaded_checkout(
 
 @pytest.mark.ray
 @pytest.mark.s3
+@pytest.mark.timeout(600)  # it waits for two jobs
 def test_submitted_jobs_prepare_data_and_train_on_them_from_bucket_to_bucket(
     head: Head, checkout: Path, s3_root: str
 ) -> None:

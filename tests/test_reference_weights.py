@@ -19,10 +19,18 @@ from ldbfr.images import Pixels
 from ldbfr.pipeline import LDBFRPipeline
 from ldbfr.weights import find_weights, manifest_digest, read_manifest
 
+STARTER = "faces_64"
 FOLDER = find_weights(DEFAULT_WEIGHTS)
-RESULTS = json.loads(
-    (Path(__file__).parent.parent / "benchmarks" / "results" / f"{DEFAULT_WEIGHTS}-quality.json").read_text("utf-8")
-)
+
+
+def measured(weights: str) -> dict[str, Any]:
+    """What benchmarks/quality.py found."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    found: dict[str, Any] = json.loads((folder / f"{weights}-quality.json").read_text("utf-8"))
+    return found
+
+
+RESULTS = measured(DEFAULT_WEIGHTS)
 
 
 def test_they_fit_where_files_are_limited() -> None:
@@ -36,9 +44,31 @@ def test_they_are_of_the_preset_of_their_name() -> None:
     assert preset == load_preset(DEFAULT_WEIGHTS).model_dump(mode="json")
 
 
-def test_what_was_measured_is_these_weights() -> None:
-    assert RESULTS["weights"] == manifest_digest(read_manifest(FOLDER))
-    assert RESULTS["faces"] == 400
+@pytest.mark.parametrize("weights", [DEFAULT_WEIGHTS, STARTER])
+def test_what_was_measured_is_these_weights(weights: str) -> None:
+    found = measured(weights)
+    assert found["weights"] == manifest_digest(read_manifest(find_weights(weights)))
+    assert found["faces"] == 400
+
+
+@pytest.mark.parametrize("weights", [DEFAULT_WEIGHTS, STARTER])
+def test_the_default_steps_are_those_that_the_step_budget_chose(weights: str) -> None:
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    chosen = json.loads((folder / f"step-budget-{weights}.json").read_text("utf-8"))["settings"]["choice"]
+    for sampling in (
+        load_preset(weights).sampling,
+        LDBFRPipeline.from_pretrained(weights).preset.sampling,
+    ):
+        assert (sampling.scheduler, sampling.num_inference_steps) == (chosen["scheduler"], chosen["steps"])
+
+
+def test_the_starters_card_says_what_was_measured() -> None:
+    card = (find_weights(STARTER) / "README.md").read_text("utf-8")
+    for split, rows in measured(STARTER)["splits"].items():
+        for name, row in rows.items():
+            figures = (("psnr", 2), ("identity", 3), ("sharpness", 2))
+            cells = ["{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*row[key], d=places) for key, places in figures]
+            assert " | ".join([f"| {split}", name, *cells]) + " |" in card
 
 
 def test_the_card_says_what_was_measured() -> None:
