@@ -243,6 +243,7 @@ def test_a_killed_driver_loses_nothing(job: Job, quiet: Path) -> None:
     assert "starting Ray" not in job.log.read_bytes()[finished:].decode()
 
 
+@pytest.mark.long
 @real_job
 def test_an_interrupted_run_goes_on(job: Job, quiet: Path) -> None:
     moments = random.Random(SEED + 2)
@@ -263,6 +264,7 @@ def test_an_interrupted_run_goes_on(job: Job, quiet: Path) -> None:
     assert_same(job, quiet)
 
 
+@pytest.mark.long
 @real_job
 def test_a_lost_node_is_made_up_for(job: Job, quiet: Path) -> None:
     cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -293,6 +295,7 @@ def busiest(nodes: list[Any]) -> Any:
     return nodes[0]
 
 
+@pytest.mark.long
 @real_job
 def test_a_full_disk_is_named_and_the_rest_follows(job: Job, quiet: Path) -> None:
     job.output.mkdir()

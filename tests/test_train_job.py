@@ -228,6 +228,7 @@ def test_killed_workers_a_lost_node_and_a_killed_driver_leave_the_run_as_undistu
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_second_run_is_refused_while_the_first_lives(cluster: Cluster, data: Path, run: Path, tmp_path: Path) -> None:
     log, second_log = tmp_path / "log", tmp_path / "second"
@@ -240,6 +241,7 @@ def test_a_second_run_is_refused_while_the_first_lives(cluster: Cluster, data: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_an_announced_preemption_saves_a_checkpoint_at_once(
     cluster: Cluster, data: Path, run: Path, tmp_path: Path
@@ -332,6 +334,7 @@ def test_data_without_a_usable_image_end_the_run_with_one_sentence(cluster: Clus
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_damaged_newest_checkpoint_is_passed_over_on_the_cluster_too(
     cluster: Cluster, data: Path, run: Path, undisturbed: Path, tmp_path: Path
