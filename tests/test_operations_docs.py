@@ -49,7 +49,7 @@ def test_a_measurement_that_comes_later_has_its_row(tmp_path: Path) -> None:
     gpu = json.loads((RESULTS / "gpu.json").read_text("utf-8"))
     gpu["inference"] = {"bf16, batch 16": {"images per second": 20.0, "seconds per image": 0.05}}
     (tmp_path / "results" / "gpu.json").write_text(json.dumps(gpu))
-    load = {"machine": {"cpu": "c", "cores": 4}, "weights": "w", "endpoint at saturation, images/s": 8.0}
+    load = {"machine": {"cpu": "c", "cores": 4}, "weights": "w", "steps": 8, "endpoint at saturation, images/s": 8.0}
     (tmp_path / "results" / "endpoint.json").write_text(json.dumps({"load": load}))
     text = sizing.tables(tmp_path / "results", (0.5, 3.0))
     assert "GPU: 72,000 images | 13.9 GPU-hours, 42 in money" in text
