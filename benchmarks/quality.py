@@ -35,6 +35,7 @@ from ldbfr.evaluation.frechet import frechet_distance
 from ldbfr.evaluation.metrics import psnr, sharpness
 from ldbfr.evaluation.portraits import Portrait, identity_distance, landmark_distance, portray, tone_angle
 from ldbfr.images import Pixels
+from ldbfr.pages import counted
 from ldbfr.pipeline import LDBFRPipeline
 
 
@@ -187,8 +188,7 @@ def restorations(args: Quality, pipeline: LDBFRPipeline, lq: np.ndarray) -> Iter
         started = time.perf_counter()
         parts = [lq[i : i + args.batch_size] for i in range(0, len(lq), args.batch_size)]
         images = [pipeline(part, num_inference_steps=steps, start_step=start, seed=args.seed).images for part in parts]
-        count = "1 step" if steps == 1 else f"{steps} steps"
-        name = f"restored, {count} from {start}" if steps else "first stage"
+        name = f"restored, {counted(steps, 'step')} from {start}" if steps else "first stage"
         yield name, np.concatenate(images), (time.perf_counter() - started) / len(lq)
 
 

@@ -21,12 +21,12 @@ from ldbfr.weights import find_weights, manifest_digest, read_manifest
 
 STARTER = "faces_64"
 FOLDER = find_weights(DEFAULT_WEIGHTS)
+MEASURED = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def measured(weights: str) -> dict[str, Any]:
     """What benchmarks/quality.py found."""
-    folder = Path(__file__).parent.parent / "benchmarks" / "results"
-    found: dict[str, Any] = json.loads((folder / f"{weights}-quality.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads((MEASURED / f"{weights}-quality.json").read_text("utf-8"))
     return found
 
 
@@ -53,8 +53,7 @@ def test_what_was_measured_is_these_weights(weights: str) -> None:
 
 @pytest.mark.parametrize("weights", [DEFAULT_WEIGHTS, STARTER])
 def test_the_default_steps_are_those_that_the_step_budget_chose(weights: str) -> None:
-    folder = Path(__file__).parent.parent / "benchmarks" / "results"
-    chosen = json.loads((folder / f"step-budget-{weights}.json").read_text("utf-8"))["settings"]["choice"]
+    chosen = json.loads((MEASURED / f"step-budget-{weights}.json").read_text("utf-8"))["settings"]["choice"]
     for sampling in (
         load_preset(weights).sampling,
         LDBFRPipeline.from_pretrained(weights).preset.sampling,

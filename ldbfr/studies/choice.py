@@ -10,6 +10,7 @@ from ldbfr.evaluation.engine import strata_of
 from ldbfr.evaluation.numbers import distance, number
 from ldbfr.evaluation.results import Measure, Results, Row, Score
 from ldbfr.evaluation.work import ALL
+from ldbfr.pages import counted
 
 MARGINS: Mapping[str, float] = {
     "lpips-alex": 0.01,
@@ -86,12 +87,17 @@ def choose(results: Results, rows: Sequence[Row], candidates: Mapping[str, tuple
     bests = {
         one.name: min(columns[one.name], key=lambda name: distance(columns[one.name][name].mean, one)) for one in judges
     }
+    own = {name: [row for row in rows if row.restorer == name] for name in candidates}
     differences: dict[str, dict[str, Difference]] = {name: {} for name in candidates}
     for one in judges:
-        for name in columns[one.name]:
-            own, best = ([row for row in rows if row.restorer == which] for which in (name, bests[one.name]))
-            differences[name][one.name] = difference(own, best, one)
-    passed = {name: sum(found.within for found in own.values()) for name, own in differences.items()}
+        column, best = columns[one.name], bests[one.name]
+        measured = {name: [row for row in own[name] if one.name in row.values] for name in column}
+        draws = {name: distance(stratified_means(strata_of(measured[name], one.name)), one) for name in column}
+        for name, score in column.items():
+            mean = distance(score.mean, one) - distance(column[best].mean, one)
+            low, high = central(draws[name] - draws[best])
+            differences[name][one.name] = Difference(mean, low, high, MARGINS[one.name])
+    passed = {name: sum(found.within for found in missed.values()) for name, missed in differences.items()}
     left = [name for name in candidates if passed[name] == max(passed.values())]
     chosen = min(left, key=lambda name: (candidates[name][1], results.seconds.get(name, 0.0), name))
     return Choice(
@@ -103,18 +109,6 @@ def scores_of(results: Results, measure: Measure, candidates: Mapping[str, tuple
     """Candidate -> score over all images, for those that have an interval."""
     scores = {name: results.scores[name].get(ALL, {}).get(measure.name) for name in candidates}
     return {name: score for name, score in scores.items() if score is not None and score.low is not None}
-
-
-def difference(own: Sequence[Row], best: Sequence[Row], measure: Measure) -> Difference:
-    """By how much the own rows are worse than the best's; the images are drawn for both at once."""
-    means, draws = [], []
-    for rows in (own, best):
-        measured = [row for row in rows if measure.name in row.values]
-        mean = sum(row.values[measure.name] for row in measured) / len(measured)
-        means.append(distance(mean, measure))
-        draws.append(distance(stratified_means(strata_of(measured, measure.name)), measure))
-    low, high = central(draws[0] - draws[1])
-    return Difference(means[0] - means[1], low, high, MARGINS[measure.name])
 
 
 def explain(
@@ -131,7 +125,7 @@ def explain(
     found = sum(one.within for one in differences.values())
     how_many = "every measure" if found == len(judges) else f"{found} of {len(judges)} measures (none is in more)"
     text = (
-        f"{scheduler} with {count_of(steps)}: the fewest that are as good as the best, within the margin, in "
+        f"{scheduler} with {counted(steps, 'step')}: the fewest that are as good as the best, within the margin, in "
         f"{how_many} of those that judge ({', '.join(one.name for one in judges)})."
     )
     for one in judges:
@@ -144,8 +138,9 @@ def explain(
             text += ", which is the best."
             continue
         doubt = f", though {columns[one.name][chosen].num_images} images cannot make sure of it"
+        best = number(columns[one.name][bests[one.name]].mean)
         text += (
-            f", worse than the best ({other}, {count_of(count)}: {number(columns[one.name][bests[one.name]].mean)}) by "
+            f", worse than the best ({other}, {counted(count, 'step')}: {best}) by "
             f"{number(missed.mean)} [{number(missed.low)} to {number(missed.high)}], "
             f"{'within' if missed.within else 'beyond'} the margin of {missed.margin:g}"
             f"{'' if missed.sure else doubt}."
@@ -156,8 +151,3 @@ def explain(
             f" {number(1000 * results.seconds[chosen])} ms an image, against {number(1000 * slowest)} of the slowest."
         )
     return text
-
-
-def count_of(steps: int) -> str:
-    """In words: "2 steps"."""
-    return f"{steps} {'step' if steps == 1 else 'steps'}"
